@@ -1,0 +1,107 @@
+"""Keep some experts of an MoE layer: experts, router rows and router biases together, or not at all.
+
+Everything with one entry per expert is sliced: the parameters of the experts module, the router's, and biases that
+some families keep on the block itself (`e_score_correction_bias`, `expert_bias`). Counts stored as attributes follow.
+The number in the config is written by `anatomy.counts`. Shared experts are not touched.
+"""
+
+# E experts
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from coterie.anatomy.layers import MoELayer
+from coterie.errors import ModelError
+
+
+def check_keep(layer: MoELayer, keep: Sequence[int]) -> None:
+    """Raise ModelError unless `keep` can be the experts of `layer`: valid ids, enough for top-k, equal in each group."""
+    E, where = layer.num_experts, f"in layer {layer.index}"
+    if sorted(set(keep)) != list(keep) or (keep and not 0 <= keep[0] <= keep[-1] < E):
+        raise ModelError(
+            f"the kept experts {where} must be ascending, distinct and within 0..{E - 1}, not {list(keep)}"
+        )
+    if len(keep) == E:
+        return
+    if len(keep) < layer.top_k:
+        raise ModelError(
+            f"cannot keep {len(keep)} of {E} experts {where}: the router picks {layer.top_k} per token",
+            f"Keep at least {layer.top_k} (--keep-experts {layer.top_k}).",
+        )
+    if layer.groups > 1:
+        size = E // layer.groups
+        per_group = Counter(expert // size for expert in keep)
+        counts = [per_group[g] for g in range(layer.groups)]
+        if len(set(counts)) != 1:
+            raise ModelError(
+                f"unequal survivors per routing group {where}: {counts} of {size} in {layer.groups} groups",
+                f"Its router splits experts into equal groups: keep the same number in each ({layer.groups} divides it).",
+            )
+        if counts[0] * layer.groups_used < layer.top_k:
+            raise ModelError(
+                f"cannot keep {counts[0]} experts per group {where}: the router picks {layer.top_k} experts"
+                f" from {layer.groups_used} of its {layer.groups} groups",
+                f"Keep at least {minimum_keep(layer)} experts.",
+            )
+    if len(keep) // layer.groups < layer.group_minimum:
+        raise ModelError(
+            f"cannot keep {len(keep)} of {E} experts {where}: a routing group is scored by its"
+            f" {layer.group_minimum} best experts",
+            f"Keep at least {minimum_keep(layer)} experts.",
+        )
+
+
+def minimum_keep(layer: MoELayer) -> int:
+    """The smallest number of experts the router of `layer` can work with."""
+    per_group = max(layer.group_minimum, -(-layer.top_k // layer.groups_used)) if layer.groups > 1 else 0
+    return max(layer.top_k, layer.group_minimum, per_group * layer.groups)
+
+
+def slice_names(layer: MoELayer) -> dict[str, int]:
+    """Tensors with one entry per expert: {name inside the model: dimension}, parameters and buffers, fused ones too."""
+    E = layer.num_experts
+    found: dict[str, int] = {}
+    owned = [(layer.experts_name, layer.experts, False), (layer.router_name, layer.router, True)]
+    for path, module, recurse in [*owned, (layer.name, layer.block, False)]:
+        tensors = [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
+        for name, tensor in tensors:
+            if tensor.dim() and tensor.shape[0] == E:
+                found[f"{path}.{name}"] = 0
+            elif tensor.numel() == E:  # a [1, E] bias, as Ernie keeps it
+                found[f"{path}.{name}"] = list(tensor.shape).index(E)
+    return found
+
+
+@torch.no_grad()
+def select(layer: MoELayer, keep: Sequence[int]) -> None:
+    """Reduce `layer` to the experts `keep`, in place. Works on meta tensors too (for planning what will be written).
+
+    Raises ModelError as `check_keep`. One tensor is copied at a time: the peak is the largest sliced tensor.
+    """
+    check_keep(layer, keep)
+    if len(keep) == layer.num_experts:
+        return
+    before = layer.num_experts
+    index = torch.tensor(list(keep))
+    for path, dim in slice_names(layer).items():
+        owner_path, _, name = path[len(layer.name) + 1 :].rpartition(".")
+        owner = layer.block.get_submodule(owner_path)
+        tensor = getattr(owner, name)
+        _replace(owner, name, tensor.index_select(dim, index.to(tensor.device)))
+    for module in (layer.block, layer.experts, *layer.router.modules()):
+        for name in ("num_experts", "n_routed_experts", "num_local_experts", "out_features"):
+            if getattr(module, name, None) == before:
+                setattr(module, name, len(keep))
+
+
+def _replace(owner: nn.Module, name: str, value: Tensor) -> None:
+    if name in owner._parameters:
+        old = owner._parameters[name]
+        owner._parameters[name] = nn.Parameter(value, requires_grad=old is not None and old.requires_grad)
+    else:
+        owner._buffers[name] = value

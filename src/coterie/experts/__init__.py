@@ -1,0 +1,1 @@
+"""Expert banks and the functions that run them."""

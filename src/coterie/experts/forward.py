@@ -1,0 +1,116 @@
+"""The experts forward of Coterie: every architecture's experts, one expert at a time, observable and frugal.
+
+Registered with transformers as the experts implementation "coterie". It differs from the stock ones in three ways:
+
+- weights may be stored in another dtype than the activations: each expert is widened into one reused buffer just
+  before its matrix products, so a layer of bfloat16 experts computes in float32 without a second copy of the layer;
+- a tap (`observe`) sees every expert's routed inputs, applied weights and raw outputs, before they are weighted;
+- index == num_experts means "no expert" everywhere: no cost, no weight.
+
+It does not know what observers do with what they see, nor which model it runs in.
+"""
+
+# T tokens, H hidden, I expert intermediate, P = 2I with a gate (gate and up together) or I without, E experts,
+# K slots per token, R rows routed to one expert
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+NAME = "coterie"
+
+
+class Tap(Protocol):
+    """What watches an experts module while it runs."""
+
+    def routed(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> bool:
+        """Called once per forward; return False to skip `expert` for this forward."""
+
+    def expert(self, expert: int, row_R: Tensor, x_RH: Tensor, y_RH: Tensor) -> None:
+        """Called once per expert that has rows; `row_R` indexes the flattened [T*K] slots, `y_RH` is unweighted."""
+
+
+_scratch: dict[tuple[Any, ...], Tensor] = {}
+
+
+def release_scratch() -> None:
+    """Free the buffers in which weights are widened."""
+    _scratch.clear()
+
+
+def _widened(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`weight` in `dtype`; valid until the next call with the same name."""
+    if weight.dtype == dtype:
+        return weight
+    if weight.requires_grad and torch.is_grad_enabled():
+        return weight.to(dtype)
+    key = (name, weight.shape, dtype, weight.device)
+    buffer = _scratch.get(key)
+    if buffer is None:
+        for stale in [k for k in _scratch if k[0] == name]:
+            del _scratch[stale]
+        buffer = _scratch[key] = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    return buffer.copy_(weight)
+
+
+def _project(module: nn.Module, name: str, expert: int, x_RH: Tensor) -> Tensor:
+    weight = _widened(getattr(module, name)[expert], x_RH.dtype, name)
+    bias = getattr(module, f"{name}_bias")[expert].to(x_RH.dtype) if module.has_bias else None
+    if not module.is_transposed:
+        return F.linear(x_RH, weight, bias)
+    y = x_RH @ weight
+    return y if bias is None else y + bias
+
+
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Sum of the selected experts' outputs, weighted. Shapes: [T, H], [T, K], [T, K] -> [T, H].
+
+    Peak memory beside the weights: one expert in the activations' dtype, its routed rows, and one [T, H] sum.
+    """
+    x_TH, E = hidden_states, int(self.down_proj.shape[0])  # type: ignore[union-attr,operator,arg-type]
+    tap: Tap | None = getattr(self, "_coterie_tap", None)
+    watched = tap is not None and tap.routed(x_TH, top_k_index, top_k_weights)
+    K = top_k_index.shape[-1]
+    slot_expert = top_k_index.reshape(-1).clamp(max=E)  # the sentinel, and anything above it, is "no expert"
+    order = torch.argsort(slot_expert, stable=True)
+    counts = torch.bincount(slot_expert, minlength=E + 1)[:E].tolist()
+    slot_weight = top_k_weights.reshape(-1, 1)
+    sum_TH = torch.zeros(x_TH.shape, dtype=torch.promote_types(x_TH.dtype, torch.float32), device=x_TH.device)
+    first, start = ("gate_up_proj" if self.has_gate else "up_proj"), 0
+    for expert, count in enumerate(counts):
+        if not count:
+            continue
+        row_R = order[start : start + count]
+        start += count
+        token_R = row_R if K == 1 else row_R // K
+        x_RH = x_TH[token_R]
+        up_RP = _project(self, first, expert, x_RH)
+        inner_RI = self._apply_gate(up_RP) if self.has_gate else self.act_fn(up_RP)  # type: ignore[operator]
+        y_RH = _project(self, "down_proj", expert, inner_RI)
+        if getattr(self, "has_post_expert_norm", False):
+            y_RH = self.post_expert_norm(y_RH)  # type: ignore[operator]
+        if watched:
+            assert tap is not None
+            tap.expert(expert, row_R, x_RH, y_RH)
+        sum_TH.index_add_(0, token_R, (y_RH * slot_weight[row_R]).to(sum_TH.dtype))
+    return sum_TH.to(x_TH.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+@contextmanager
+def observe(module: nn.Module, tap: Tap) -> Iterator[None]:
+    """Let `tap` watch one experts module that runs with the "coterie" implementation."""
+    module._coterie_tap = tap  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del module._coterie_tap
