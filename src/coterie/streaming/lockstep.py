@@ -1,0 +1,278 @@
+"""Run batches through a streamed model layer by layer: all of them through layer 0, then all through layer 1, ...
+
+Each batch is one ordinary call of the model in its own greenlet that pauses at every decoder layer's door. When all
+batches stand at layer i, layer i is loaded; they pass through one by one; the layer is freed, and so on. Masks,
+rotary embeddings and layer types stay the model's own business.
+
+    for step in sweep(streamed, batches):
+        step.run()            # every batch passes layer step.index; observers see them
+        edit(step.layer)      # the layer is still in memory
+
+Peak memory: the hidden states of all batches (spilled to disk above a limit) beside one layer.
+"""
+
+# B batch, L sequence, H hidden
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from coterie.errors import OutputError
+from coterie.streaming.model import StreamedModel
+
+
+@dataclass
+class Batch:
+    """Token ids with what observers need to know about them.
+
+    ids_BL : int64. mask_BL : bool, True for real tokens; None where nothing is padded. domain_B : domain of each row.
+    """
+
+    ids_BL: Tensor
+    mask_BL: Tensor | None = None
+    domain_B: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return int(self.mask_BL.sum()) if self.mask_BL is not None else self.ids_BL.numel()
+
+
+class Progress:
+    """What a sweep reports; the default says nothing."""
+
+    def start(self, what: str, layers: int, first: int = 0) -> None: ...
+    def layer(self, index: int) -> None: ...
+    def tokens(self, count: int) -> None: ...
+    def done(self) -> None: ...
+
+
+@dataclass
+class States:
+    """Hidden states of waiting batches: in memory up to a limit, the rest in files; optionally kept for a restart.
+
+    folder : where files go; None makes a temporary one when needed. limit : bytes to keep in memory.
+    durable : write every layer's outputs to `folder`, so that a killed sweep can go on after its last whole layer.
+    """
+
+    folder: Path | None = None
+    limit: int = 2 * 2**30
+    durable: bool = False
+    bytes_spilled: int = 0
+    _parked: dict[int, tuple[Tensor, Path | None]] = field(default_factory=dict)
+    _resident: int = 0
+    _temporary: TemporaryDirectory[str] | None = None
+
+    def park(self, batch: int, hidden: Tensor) -> None:
+        """`hidden` waits for its layer; its memory may be taken until `unpark`."""
+        storage = hidden.untyped_storage()
+        size = storage.nbytes()
+        file = None
+        if self._resident + size > self.limit and hidden.device.type == "cpu" and storage.resizable():
+            file = self._scratch() / f"spill-{batch:06d}.bin"
+            try:
+                file.write_bytes(_bytes_of(storage))
+            except OSError as error:
+                raise OutputError(f"cannot spill hidden states to {file.parent}: {error.strerror}") from error
+            storage.resize_(0)
+            self.bytes_spilled += size
+        else:
+            self._resident += size
+        self._parked[batch] = (hidden, file)
+
+    def unpark(self, batch: int) -> None:
+        hidden, file = self._parked.pop(batch)
+        storage = hidden.untyped_storage()
+        if file is None:
+            self._resident -= storage.nbytes()
+            return
+        storage.resize_(file.stat().st_size)
+        with file.open("rb") as stream:
+            stream.readinto(_bytes_of(storage))
+
+    def keep(self, layer: int, outputs: dict[int, Tensor]) -> bool:
+        """Store the outputs of `layer` for a restart; the previous layer's are dropped. All or nothing."""
+        if not self.durable or self.folder is None:
+            return False
+        target, building = self.folder / f"after-{layer:04d}", self.folder / "building"
+        shutil.rmtree(building, ignore_errors=True)
+        try:
+            building.mkdir(parents=True)
+            for batch, tensor in outputs.items():
+                save_file({"hidden": tensor.detach().cpu().contiguous()}, building / f"{batch:06d}.safetensors")
+            building.rename(target)
+        except OSError as error:
+            raise OutputError(f"cannot keep hidden states in {self.folder}: {error.strerror}") from error
+        for old in self.folder.glob("after-*"):
+            if old != target:
+                shutil.rmtree(old)
+        return True
+
+    def kept(self) -> int | None:
+        """The last layer whose outputs are stored whole, or None."""
+        found = sorted(self.folder.glob("after-*")) if self.folder is not None and self.folder.exists() else []
+        return int(found[-1].name.removeprefix("after-")) if found else None
+
+    def restore(self, layer: int, batch: int, device: str) -> Tensor:
+        assert self.folder is not None
+        file = self.folder / f"after-{layer:04d}" / f"{batch:06d}.safetensors"
+        return load_file(file, device=device)["hidden"]
+
+    def _scratch(self) -> Path:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return self.folder
+        if self._temporary is None:
+            self._temporary = TemporaryDirectory(prefix="coterie-states-")
+        return Path(self._temporary.name)
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> memoryview:
+    """The storage's memory itself; a numpy view would pin it and forbid resizing."""
+    return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
+
+
+@dataclass
+class Step:
+    """One decoder layer in memory, with all batches waiting before it."""
+
+    index: int
+    layer: nn.Module
+    _pass: Callable[[int, bool], None]
+    batches: Sequence[Batch]
+    current: int = -1
+    finished: bool = False
+
+    def run(self, *, last: bool = True, before: Callable[[int, Batch], None] = lambda number, batch: None) -> None:
+        """Pass every batch through the layer.
+
+        Parameters
+        ----------
+        last : bool
+            True: their outputs go on to the next layer. False: outputs are dropped and the batches wait again, so that
+            the layer can be edited and run once more.
+        before : callable
+            Called with (number, batch) before each batch passes.
+        """
+        for number, batch in enumerate(self.batches):
+            self.current = number
+            before(number, batch)
+            self._pass(number, last)
+        self.finished = self.finished or last
+
+
+def sweep(
+    streamed: StreamedModel,
+    batches: Sequence[Batch],
+    *,
+    finish: Callable[[int, Batch, Tensor], None] | None = None,
+    states: States | None = None,
+    first: int = 0,
+    progress: Progress | None = None,
+) -> Iterator[Step]:
+    """Yield each decoder layer in turn, in memory, with the batches before its door.
+
+    Parameters
+    ----------
+    finish : callable, optional
+        Called with (number, batch, hidden [B, L, H]) after the last layer and final norm. Without it the sweep ends
+        with the last layer, and neither the norm nor the head is computed.
+    states : States, optional
+        Where waiting hidden states live.
+    first : int
+        Go on from this layer with the outputs `states` kept of the one before.
+    progress : Progress, optional
+
+    The layer is freed when the loop body ends; its outputs are kept first if `states` is durable.
+    """
+    states, progress = states or States(), progress or Progress()
+    walkers: list[greenlet] = []
+    outputs: dict[int, Tensor] = {}
+    keepable = states.durable
+    layers, hub = streamed.layers, getcurrent()
+    originals = [layer.forward for layer in layers]
+
+    def door(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def at_the_door(*args: Any, **kwargs: Any) -> Any:
+            nonlocal keepable
+            number: int = getcurrent().number  # type: ignore[attr-defined]
+            if index < first:  # already done in an earlier run: nothing but the last one's output matters
+                return states.restore(first - 1, number, streamed.device)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            states.park(number, hidden)
+            last = hub.switch(("door", index))
+            states.unpark(number)
+            while not last:
+                forward(*args, **kwargs)
+                states.park(number, hidden)
+                last = hub.switch(("again", index))
+                states.unpark(number)
+            output = forward(*args, **kwargs)
+            if keepable:
+                if isinstance(output, Tensor):
+                    outputs[number] = output
+                else:  # layers that hand on more than hidden states are run again after a crash
+                    keepable = False
+                    outputs.clear()
+            if index == len(layers) - 1 and finish is None:
+                raise GreenletExit
+            return output
+
+        return at_the_door
+
+    def walk(number: int, batch: Batch) -> None:
+        device = streamed.device
+        mask = None if batch.mask_BL is None else batch.mask_BL.to(device).long()
+        result = streamed.model.base_model(input_ids=batch.ids_BL.to(device), attention_mask=mask, use_cache=False)
+        if finish is not None:
+            finish(number, batch, result[0])
+
+    def resume(number: int, value: Any = None) -> Any:
+        with torch.no_grad():
+            return walkers[number].switch() if value is None else walkers[number].switch(value)
+
+    def pass_through(number: int, last: bool) -> None:
+        resume(number, last)
+        progress.tokens(batches[number].tokens)
+
+    progress.start("layers", len(layers), first)
+    try:
+        for index, layer in enumerate(layers):
+            layer.forward = door(index, originals[index])
+        streamed.load_outer()
+        for number, batch in enumerate(batches):
+            walker = greenlet(lambda number=number, batch=batch: walk(number, batch))
+            walker.number = number
+            walkers.append(walker)
+            resume(number)
+        streamed.free_embeddings()
+        for index in range(first, len(layers)):
+            layer = streamed.load_layer(index)
+            streamed.prefetch(index + 1)
+            step = Step(index, layer, pass_through, batches)
+            yield step
+            if not step.finished:
+                step.run()
+            if keepable and len(outputs) == len(batches):
+                states.keep(index, outputs)
+            outputs.clear()
+            streamed.free_layer(index)
+            progress.layer(index)
+    finally:
+        for walker in walkers:
+            if not walker.dead:
+                walker.throw(GreenletExit)
+        for layer, forward in zip(layers, originals, strict=True):
+            layer.forward = forward
+        streamed._stop_prefetch()
+        progress.done()

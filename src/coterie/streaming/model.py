@@ -1,0 +1,414 @@
+"""A model whose weights come and go: built on the meta device, one decoder layer in memory at a time.
+
+transformers itself converts checkpoint keys to modules and back, so no architecture is known here. Opening a model
+runs the whole conversion once on meta tensors: names, counts and shapes of every tensor are checked against the
+config before a single weight is read.
+
+Peak memory: embeddings (only until the batches have been embedded), or one layer. Experts keep the dtype they are
+stored in and are widened one at a time when they run; everything else is small and is cast to the compute dtype.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers import logging as transformers_logging
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from coterie.anatomy import decoder_layers, moe_layers
+from coterie.anatomy.architectures import model_class_of
+from coterie.errors import CheckpointError, CoterieError, UsageError
+from coterie.experts import forward as experts_forward
+from coterie.streaming.checkpoint import DTYPES, Checkpoint
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_compute_dtype(name: str, device: str, stored: torch.dtype) -> torch.dtype:
+    """The dtype activations are computed in.
+
+    "auto" is float32 on a CPU (narrow matrix products are slower there, see benchmarks/compute_dtype.py, and a plan
+    must not depend on a timing) and the checkpoint's own dtype on an accelerator.
+    """
+    if name == "auto":
+        return torch.float32 if torch.device(device).type == "cpu" else stored
+    if name not in COMPUTE_DTYPES:
+        raise UsageError(f"unknown compute dtype {name!r}", f"Choose one of auto, {', '.join(COMPUTE_DTYPES)}.")
+    return COMPUTE_DTYPES[name]
+
+
+def read_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's config as transformers reads it. Raises CheckpointError where that fails or makes no sense."""
+    raw = checkpoint.raw_config
+    if raw.get("auto_map") and not trust_remote_code:
+        known = raw.get("model_type") in _known_model_types()
+        if not known:
+            raise CheckpointError(
+                f"{checkpoint.folder.name} needs code that comes with the checkpoint",
+                "Read that code first; pass --trust-remote-code if you trust it.",
+            )
+    if "quantization_config" in raw:
+        method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
+        raise CheckpointError(
+            f"{checkpoint.folder.name} is quantized ({method}); only 16 and 32 bit checkpoints can be streamed",
+            "Start from the unquantized checkpoint and quantize the result.",
+        )
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        depth = config.get_text_config(decoder=True).num_hidden_layers
+    except CoterieError:
+        raise
+    except Exception as error:  # config classes raise anything from KeyError to their own validation errors
+        raise CheckpointError(f"config.json cannot be used: {_one_line(error)}") from error
+    if not isinstance(depth, int) or not 0 < depth <= len(checkpoint.tensors):
+        raise CheckpointError(
+            f"config.json claims {depth} layers, the checkpoint has {len(checkpoint.tensors)} tensors",
+            "Config and weights do not belong together.",
+        )
+    return config
+
+
+class StreamedModel:
+    """One checkpoint, ready to be run layer by layer.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    device : str
+        Where layers compute.
+    compute_dtype : str
+        "auto", "float32", "bfloat16" or "float16".
+    experts : str
+        Experts implementation; "coterie" can be observed and computes from narrower weights.
+    allow_nonfinite : bool
+        Accept NaN and Inf weights.
+
+    Attributes
+    ----------
+    model : PreTrainedModel, on meta except what is loaded
+    layers, prefix : the decoder layers and their path
+    moe : {layer index: MoELayer}
+    params : {checkpoint key: parameter it is (part of)}; None for keys no parameter takes
+    layer_keys : checkpoint keys of each decoder layer
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str = "cpu",
+        compute_dtype: str = "auto",
+        experts: str = experts_forward.NAME,
+        allow_nonfinite: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        transformers_logging.disable_progress_bar()
+        self.checkpoint, self.device, self.experts = checkpoint, device, experts
+        self.allow_nonfinite = allow_nonfinite
+        self.config = read_config(checkpoint, trust_remote_code=trust_remote_code)
+        stored = max(checkpoint.tensors.values(), key=lambda info: info.nbytes, default=None)
+        stored_dtype = DTYPES[stored.dtype] if stored else torch.float32
+        self.compute_dtype = choose_compute_dtype(compute_dtype, device, stored_dtype)
+        self.model = self._build(trust_remote_code)
+        self.prefix, self.layers = decoder_layers(self.model)
+        self.mapping = get_model_conversion_mapping(self.model)
+        self._dtype_plan = self.model._get_dtype_plan(self.compute_dtype)
+        self.params = self._match_keys()
+        self._check_by_dry_conversion()
+        self.moe = {layer.index: layer for layer in moe_layers(self.model)}
+        self.layer_keys: list[list[str]] = [[] for _ in self.layers]
+        self.outer_keys: list[str] = []
+        for key, param in self.params.items():
+            if param is None:
+                continue
+            if param.startswith(f"{self.prefix}."):
+                self.layer_keys[int(param[len(self.prefix) + 1 :].split(".")[0])].append(key)
+            else:
+                self.outer_keys.append(key)
+        self._expert_paths = tuple(f"{layer.experts_name}." for layer in self.moe.values())
+        self._templates: dict[str, Tensor] = {}
+        checkpoint.on_read = self._on_read
+        self.on_read: Any = None
+        self.retain: set[str] = set()  # parameters whose stored values are wanted besides the cast ones
+        self.retained: dict[str, Tensor] = {}
+        self._prefetch: tuple[threading.Thread, threading.Event] | None = None
+
+    # -- building and checking ------------------------------------------------------------------------------------
+
+    def _build(self, trust_remote_code: bool) -> PreTrainedModel:
+        config = self.config
+        if hasattr(config.get_text_config(decoder=True), "output_router_logits"):
+            config.get_text_config(decoder=True).output_router_logits = False
+        try:
+            with torch.device("meta"):
+                model = model_class_of(config)._from_config(config, dtype=self.compute_dtype)  # type: ignore[attr-defined]
+        except CoterieError:
+            raise
+        except Exception as error:  # sizes in a config can be anything; so can the exception they cause
+            raise CheckpointError(f"config.json describes a model that cannot be built: {_one_line(error)}") from error
+        assert isinstance(model, PreTrainedModel)
+        model.set_experts_implementation(self.experts)
+        return model.eval()
+
+    def _match_keys(self) -> dict[str, str | None]:
+        """Which parameter each checkpoint key is (the first part of), by transformers' own rules."""
+        renamings = [m for m in self.mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in self.mapping if isinstance(m, WeightConverter)]
+        state = self.model.state_dict()
+        params: dict[str, str | None] = {}
+        for key in self.checkpoint.tensors:
+            name, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, state)
+            if name not in state and key in state:
+                name = key
+            params[key] = name if name in state else None
+        for key, matched in params.items():  # on meta, every parameter takes the dtype it is stored in
+            if matched is not None:
+                tensor = state[matched].to(DTYPES[self.checkpoint.tensors[key].dtype])
+                _put(self.model, matched, tensor)
+        return params
+
+    def _check_by_dry_conversion(self) -> None:
+        metas = {key: _MetaSlice(info.meta()) for key, info in self.checkpoint.tensors.items()}
+        settings = LoadStateDictConfig(dtype=self.compute_dtype, weight_mapping=self.mapping, device_map={"": "meta"})
+        info, _ = convert_and_load_state_dict_in_model(self.model, metas, settings, None)
+        self.model._adjust_missing_and_unexpected_keys(info)
+        missing = info.missing_keys - set(self.model.all_tied_weights_keys)
+        folder = self.checkpoint.folder.name
+        if info.conversion_errors:
+            name, text = min(info.conversion_errors.items())
+            raise CheckpointError(f"{folder}: tensors of {name} do not fit together: {text.strip().splitlines()[-1]}")
+        if info.mismatched_keys:
+            name, found, expected = min(info.mismatched_keys, key=lambda entry: entry[0])
+            raise CheckpointError(
+                f"{folder}: {len(info.mismatched_keys)} tensors have another shape than config.json says,"
+                f" first {name}: {list(found)} instead of {list(expected)}",
+                "Config and weights do not belong together.",
+            )
+        if missing:
+            raise CheckpointError(
+                f"{folder}: {len(missing)} tensors are missing, first {min(missing)}",
+                "The checkpoint is incomplete: fetch it again.",
+            )
+        if info.unexpected_keys:
+            raise CheckpointError(
+                f"{folder}: {len(info.unexpected_keys)} tensors belong to no part of"
+                f" {type(self.model).__name__}, first {min(info.unexpected_keys)}",
+                "Config and weights do not belong together, or the installed transformers is too old for this model.",
+            )
+
+    # -- weights in and out ---------------------------------------------------------------------------------------
+
+    def load_outer(self) -> None:
+        """Load what surrounds the decoder layers on the text path: embeddings, final norm, rotary tables; no head."""
+        decoder = self.prefix.rpartition(".")[0]
+        self._load([k for k in self.outer_keys if not decoder or str(self.params[k]).startswith(f"{decoder}.")])
+        self._materialise_buffers(self.model, skip=self.layers)
+
+    def load_head(self) -> None:
+        """Load the language-model head, or the embeddings it is tied to."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        head, embeddings = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        wanted = self.keys_of(f"{names[id(head)]}.{n}" for n, _ in head.named_parameters())
+        if not wanted:  # tied: the checkpoint holds it once, as embeddings
+            wanted = self.keys_of(f"{names[id(embeddings)]}.{n}" for n, _ in embeddings.named_parameters())
+        self._load(wanted)
+        self.model.tie_weights()
+
+    def free_embeddings(self) -> None:
+        """Forget the token embeddings: once all batches are embedded nothing in a sweep needs them."""
+        embeddings = self.model.get_input_embeddings()
+        _to_meta(embeddings)
+
+    def free_outer(self) -> None:
+        for name, module in self.model.named_modules():
+            if not name.startswith(self.prefix):
+                for key, param in module.named_parameters(recurse=False):
+                    module._parameters[key] = nn.Parameter(param.to("meta"), requires_grad=False)
+
+    def load_layer(self, index: int) -> nn.Module:
+        """Bring decoder layer `index` into memory and return it. Raises CheckpointError on unreadable or NaN weights."""
+        self._stop_prefetch()
+        self._load(self.layer_keys[index])
+        layer = self.layers[index]
+        self._materialise_buffers(layer)
+        return layer
+
+    def load_moe(self, index: int) -> None:
+        """Bring only the MoE block of layer `index` into memory: enough to edit and write it."""
+        block = f"{self.moe[index].name}."
+        self._load([k for k in self.layer_keys[index] if str(self.params[k]).startswith(block)])
+
+    def free_layer(self, index: int) -> None:
+        """Put layer `index` back on meta. An edited layer keeps its edited shapes."""
+        _to_meta(self.layers[index])
+        self.checkpoint.release(self.layer_keys[index])
+
+    def prefetch(self, index: int) -> None:
+        """Start reading the bytes of layer `index` into the system's page cache, in a thread, bounded by one layer."""
+        if index < len(self.layers):
+            stop = threading.Event()
+            thread = threading.Thread(
+                target=self.checkpoint.prefetch, args=(self.layer_keys[index], stop), name="prefetch", daemon=True
+            )
+            self._prefetch = (thread, stop)
+            thread.start()
+
+    def _stop_prefetch(self) -> None:
+        if self._prefetch is not None:
+            thread, stop = self._prefetch
+            stop.set()
+            thread.join()
+            self._prefetch = None
+
+    def checkpoint_tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters by model name, as the tensors a checkpoint of this family would hold. Works on meta tensors."""
+        return revert_weight_conversion(self.model, state)
+
+    def keys_of(self, params: Iterable[str]) -> list[str]:
+        """Checkpoint keys that make up the given parameters."""
+        wanted = set(params)
+        return [key for key, param in self.params.items() if param in wanted]
+
+    def _load(self, keys: list[str]) -> None:
+        settings = LoadStateDictConfig(
+            dtype=self.compute_dtype, weight_mapping=self.mapping, device_map={"": self.device}
+        )
+        self._errors: list[CoterieError] = []
+        info, _ = convert_and_load_state_dict_in_model(self.model, self.checkpoint.lazy(keys), settings, None)
+        if self._errors:
+            raise self._errors[0]
+        if info.conversion_errors:
+            name, text = min(info.conversion_errors.items())
+            raise CheckpointError(f"cannot assemble {name}: {text.strip().splitlines()[-1]}")
+        for param in {str(self.params[key]) for key in keys}:
+            if param in self.retain:
+                self.retained[param] = self.model.get_parameter_or_buffer(param).detach()
+        for owner in {str(self.params[key]).rpartition(".")[0] for key in keys}:
+            self._to_compute_dtype(self.model.get_submodule(owner))
+
+    def _to_compute_dtype(self, module: nn.Module) -> None:
+        """Cast what was loaded into `module` to the compute dtype; fused experts may stay as they are stored."""
+        from coterie.anatomy import is_experts_module
+
+        if is_experts_module(module) and self.experts == experts_forward.NAME:
+            return
+        for name, param in module.named_parameters(recurse=False):
+            if not param.is_meta and param.is_floating_point():
+                dtype = self._dtype_of(module, name)
+                if param.dtype != dtype:
+                    cast = nn.Parameter(param.detach().to(dtype), requires_grad=False)
+                    cast._is_hf_initialized = True  # type: ignore[attr-defined]
+                    module._parameters[name] = cast
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta and buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = buffer.to(self._dtype_of(module, name))
+
+    def _dtype_of(self, module: nn.Module, name: str) -> torch.dtype:
+        if self._dtype_plan:
+            path = next(n for n, m in self.model.named_modules() if m is module)
+            for pattern, dtype in self._dtype_plan.items():
+                if re.search(pattern.replace("*", ".*"), f"{path}.{name}"):
+                    return dtype  # type: ignore[no-any-return]
+        return self.compute_dtype
+
+    def _on_read(self, key: str, tensor: Tensor) -> None:
+        if not self.allow_nonfinite and tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel():
+            low, high = torch.aminmax(tensor)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                bad = int((~torch.isfinite(tensor)).sum())
+                error = CheckpointError(
+                    f"{key} holds {bad} NaN or Inf weights of {tensor.numel()}",
+                    "The checkpoint is damaged; --allow-nonfinite goes on regardless.",
+                )
+                self._errors.append(error)
+                return
+        if self.on_read is not None:
+            try:
+                self.on_read(key, tensor)
+            except CoterieError as error:
+                self._errors.append(error)
+
+    def _materialise_buffers(self, root: nn.Module, skip: nn.Module | None = None) -> None:
+        """Rebuild buffers that no checkpoint holds (rotary tables and the like) the way from_pretrained does."""
+        skipped = set(skip.modules()) if skip is not None else set()
+        owners = {id(m): m for m in self.model.modules() if isinstance(m, PreTrainedModel)}
+        paths = dict(self.model.named_modules())
+        names = {id(m): n for n, m in paths.items()}
+        for module in root.modules():
+            if module in skipped:
+                continue
+            pending = [n for n in module._non_persistent_buffers_set if _on_meta(module._buffers.get(n))]
+            if not pending:
+                continue
+            for name in pending:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
+            path = names[id(module)]
+            while not isinstance(paths[path], PreTrainedModel):
+                path = path.rpartition(".")[0]
+            owner = owners[id(paths[path])]
+            with torch.no_grad():
+                owner._init_weights(module)
+
+
+class _MetaSlice:
+    """A meta tensor behind the interface of a lazily read one."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def get_dtype(self) -> str:
+        return str(self._tensor.dtype)
+
+
+def _on_meta(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_meta
+
+
+def _put(model: nn.Module, path: str, tensor: Tensor) -> None:
+    owner_path, _, name = path.rpartition(".")
+    owner = model.get_submodule(owner_path)
+    if name in owner._parameters:
+        owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[name] = tensor
+
+
+def _to_meta(module: nn.Module) -> None:
+    for child in module.modules():
+        for name, param in child._parameters.items():
+            if param is not None and not param.is_meta:
+                child._parameters[name] = nn.Parameter(param.detach().to("meta"), requires_grad=False)
+        for name, buffer in child._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                child._buffers[name] = buffer.to("meta")
+
+
+def _known_model_types() -> set[str]:
+    from transformers import CONFIG_MAPPING
+
+    return set(CONFIG_MAPPING.keys())
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"

@@ -1,0 +1,270 @@
+"""Text to batches of token ids, by domain: files, folders, datasets; packed windows or padded documents.
+
+A domain is what a `domain` field says, or the name of the file. Every domain gives the same number of samples, chosen
+with a seed. This file knows tokenizers and files, not models.
+"""
+
+# B batch, L sequence
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coterie.errors import CheckpointError, DataError
+from coterie.streaming.lockstep import Batch
+
+BATCH_TOKENS = 8192  # large enough that widening an expert costs little beside its matrix products
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
+
+
+@dataclass
+class TokenData:
+    """Samples ready to run.
+
+    batches : in order of domains. domains : names; their index is the domain number in a batch.
+    digest : identity of ids, masks and domains. tokens : {domain: real tokens}. warnings : for the user.
+    """
+
+    batches: list[Batch]
+    domains: list[str]
+    digest: str
+    tokens: dict[str, int]
+    warnings: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        return sum(batch.ids_BL.shape[0] for batch in self.batches)
+
+    @property
+    def length(self) -> int:
+        return max(batch.ids_BL.shape[1] for batch in self.batches)
+
+
+def load_data(
+    sources: Sequence[str],
+    tokenizer: Any,
+    *,
+    samples: int,
+    length: int,
+    batch_size: int | None = None,
+    pack: bool = True,
+    seed: int = 0,
+) -> TokenData:
+    """Tokenize text from files, folders or datasets.
+
+    Parameters
+    ----------
+    sources : list of str
+        Files (txt, md, jsonl, jsonl.gz, parquet), folders of them, or dataset names (`owner/name[:config[:split]]`).
+    tokenizer : PreTrainedTokenizerBase
+    samples : int
+        Sequences per domain.
+    length : int
+        Tokens per sequence.
+    batch_size : int, optional
+        Sequences per batch; by default as many as make about 8192 tokens.
+    pack : bool
+        True: documents are joined by the tokenizer's own start or end token and cut into full windows.
+        False: one document per sequence, cut at `length`, padded on the right.
+    seed : int
+        Order of documents.
+
+    Raises DataError if a source is missing, unreadable, empty or gives a domain less than one sample.
+    """
+    documents: dict[str, list[str]] = {}
+    for source in sources:
+        for domain, text in read_documents(source):
+            if text.strip():
+                documents.setdefault(domain, []).append(text)
+    if not documents:
+        raise DataError(f"no text in {', '.join(sources)}", "A jsonl line needs a `text` field.")
+    rows: list[tuple[Tensor, int]] = []
+    warnings, domains, tokens = [], sorted(documents), {}
+    for number, domain in enumerate(domains):
+        texts = documents[domain]
+        random.Random(f"{seed}-{domain}").shuffle(texts)
+        cut = _windows if pack else _single
+        found = list(cut(texts, tokenizer, length, samples))
+        if not found:
+            raise DataError(
+                f"the text of domain {domain!r} is too short: it does not fill one sample of {length} tokens",
+                "Give more text, or a smaller --length.",
+            )
+        if len(found) < samples:
+            warnings.append(f"domain {domain!r} gives only {len(found)} of {samples} samples of {length} tokens")
+        tokens[domain] = sum(len(ids) for ids in found)
+        rows += [(ids, number) for ids in found]
+    batches = list(_batches(rows, batch_size or max(1, BATCH_TOKENS // length), _pad_id(tokenizer)))
+    return TokenData(batches, domains, _digest(batches, domains), tokens, warnings, list(sources))
+
+
+def load_tokens(file: Path, batch_size: int | None = None) -> TokenData:
+    """Ready token ids: a safetensors file with `input_ids` [B, L] int64 and optionally `attention_mask` [B, L]."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file)
+        ids_BL = tensors["input_ids"].long()
+        mask_BL = tensors.get("attention_mask", torch.ones_like(ids_BL)).bool()
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DataError(f"{file} does not hold token ids: {error}", "It needs `input_ids` [B, L], int64.") from error
+    if ids_BL.dim() != 2 or not ids_BL.numel() or mask_BL.shape != ids_BL.shape:
+        raise DataError(f"{file}: input_ids must be [B, L] with a mask of the same shape, not {list(ids_BL.shape)}")
+    size = batch_size or max(1, BATCH_TOKENS // ids_BL.shape[1])
+    batches = []
+    for ids, mask in zip(ids_BL.split(size), mask_BL.split(size), strict=True):
+        batches.append(Batch(ids, None if mask.all() else mask, torch.zeros(len(ids), dtype=torch.int64)))
+    digest = _digest(batches, [file.stem])
+    return TokenData(batches, [file.stem], digest, {file.stem: int(mask_BL.sum())}, sources=[str(file)])
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint folder. Raises CheckpointError if it has none."""
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    hint = "Copy the tokenizer of the original model into the folder, or name one with --tokenizer."
+    if not any((folder / name).exists() for name in names):
+        raise CheckpointError(f"{folder} has no tokenizer", hint)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizer loading raises whatever its parsers raise
+        raise CheckpointError(f"the tokenizer of {folder} cannot be loaded: {error}", hint) from error
+
+
+def read_documents(source: str) -> Iterator[tuple[str, str]]:
+    """(domain, text) of every document of a file, a folder or a dataset."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES))
+        if not files:
+            raise DataError(f"folder {source} holds no text files ({', '.join(SUFFIXES)})")
+        for file in files:
+            yield from _read_file(file)
+    elif path.exists():
+        yield from _read_file(path)
+    elif source.startswith((".", "/", "~")) or source.endswith(SUFFIXES):
+        raise DataError(f"no file or folder {source}")
+    else:
+        yield from _read_dataset(source)
+
+
+def _read_file(file: Path) -> Iterator[tuple[str, str]]:
+    stem = file.name.split(".")[0]
+    try:
+        if file.name.endswith(".parquet"):
+            import pyarrow.parquet
+
+            columns = pyarrow.parquet.read_table(file).to_pylist()
+            yield from (_record(row, f"{file.name}, row {i}", stem) for i, row in enumerate(columns))
+        elif file.name.endswith((".jsonl", ".jsonl.gz")):
+            opened = gzip.open if file.name.endswith(".gz") else open
+            with opened(file, "rt", encoding="utf-8") as stream:
+                for number, line in enumerate(stream, 1):
+                    if line.strip():
+                        yield _record(_parse(line, file, number), f"{file.name}, line {number}", stem)
+        else:
+            yield stem, file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file} is not UTF-8 text (byte {error.start})", f"Convert it: iconv -f latin1 -t utf-8 {file.name}"
+        ) from error
+    except (OSError, EOFError) as error:
+        raise DataError(f"cannot read {file}: {error}") from error
+
+
+def _parse(line: str, file: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}, line {number} is not JSON: {error}") from error
+
+
+def _record(row: Any, where: str, stem: str) -> tuple[str, str]:
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise DataError(f"{where} has no `text` field")
+    return str(row.get("domain") or stem), text
+
+
+def _read_dataset(name: str) -> Iterator[tuple[str, str]]:
+    import datasets
+
+    parts = name.split(":")
+    config, split = (parts[1] if len(parts) > 1 else None), (parts[2] if len(parts) > 2 else "train")
+    try:
+        rows = datasets.load_dataset(parts[0], config or None, split=split, streaming=True)
+        for number, row in enumerate(rows):
+            yield _record(row, f"{name}, row {number}", parts[0].rsplit("/", 1)[-1])
+    except DataError:
+        raise
+    except Exception as error:  # the datasets library raises errors of many libraries
+        raise DataError(
+            f"no file, folder or dataset {name!r}: {type(error).__name__}",
+            "Name a text file, a folder, or a dataset as owner/name[:config[:split]].",
+        ) from error
+
+
+def _document_ids(text: str, tokenizer: Any) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    special = {tokenizer.bos_token_id, tokenizer.cls_token_id}
+    return ids if start is None or (ids and ids[0] in special) else [start, *ids]
+
+
+def _windows(texts: Iterable[str], tokenizer: Any, length: int, samples: int) -> Iterator[Tensor]:
+    """Full windows of the joined documents; every document begins with the tokenizer's start token."""
+    pending: list[int] = []
+    given = 0
+    for text in texts:
+        pending += _document_ids(text, tokenizer)
+        while len(pending) >= length:
+            yield torch.tensor(pending[:length])
+            pending, given = pending[length:], given + 1
+            if given == samples:
+                return
+
+
+def _single(texts: Iterable[str], tokenizer: Any, length: int, samples: int) -> Iterator[Tensor]:
+    for number, text in enumerate(texts):
+        if number == samples:
+            return
+        yield torch.tensor(_document_ids(text, tokenizer)[:length])
+
+
+def _pad_id(tokenizer: Any) -> int:
+    return int(next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0))
+
+
+def _batches(rows: Sequence[tuple[Tensor, int]], size: int, pad_id: int) -> Iterator[Batch]:
+    for first in range(0, len(rows), size):
+        chunk = rows[first : first + size]
+        longest = max(len(ids) for ids, _ in chunk)
+        ids_BL = torch.full((len(chunk), longest), pad_id)
+        mask_BL = torch.zeros(ids_BL.shape, dtype=torch.bool)
+        for row, (ids, _) in enumerate(chunk):
+            ids_BL[row, : len(ids)], mask_BL[row, : len(ids)] = ids, True
+        yield Batch(ids_BL, None if mask_BL.all() else mask_BL, torch.tensor([domain for _, domain in chunk]))
+
+
+def _digest(batches: Iterable[Batch], domains: Sequence[str]) -> str:
+    """The same for the same samples, however they are batched."""
+    sha = hashlib.sha256("\n".join(domains).encode())
+    for batch in batches:
+        domain_B = batch.domain_B if batch.domain_B is not None else torch.zeros(len(batch.ids_BL))
+        mask_BL = batch.mask_BL if batch.mask_BL is not None else torch.ones_like(batch.ids_BL, dtype=torch.bool)
+        for ids, mask, domain in zip(batch.ids_BL, mask_BL, domain_B, strict=True):
+            sha.update(ids[mask].numpy().tobytes() + int(domain).to_bytes(4, "little"))
+    return sha.hexdigest()
