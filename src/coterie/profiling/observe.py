@@ -1,0 +1,126 @@
+"""Let observers watch MoE layers while a model runs, streamed or resident; one sweep fills a profile."""
+
+# T tokens, H hidden, E experts, K experts per token, R rows routed to one expert
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coterie.anatomy import MoELayer
+from coterie.errors import ModelError
+from coterie.experts import forward as experts_forward
+from coterie.profiling.observers import ExpertRows, LayerShape, Observer, Routing
+from coterie.profiling.profile import LayerProfile
+from coterie.streaming.lockstep import Batch
+
+
+class LayerObservation:
+    """Watches one MoE layer and hands its observers what they ask for, without padding.
+
+    Parameters
+    ----------
+    layer : MoELayer
+    observers : observer classes
+    domains : int
+        Number of domains.
+    """
+
+    def __init__(self, layer: MoELayer, observers: Iterable[type[Observer]], domains: int) -> None:
+        self.layer = layer
+        shape = LayerShape(layer.num_experts, layer.top_k, layer.bank.hidden_size, domains)
+        self.observers = [cls(shape) for cls in observers]
+        self._with_outputs = [o for o in self.observers if o.watches_outputs]
+        self.tokens = 0
+        self._batch: Batch | None = None
+        self._logits_TE: Tensor | None = None
+
+    def batch(self, batch: Batch) -> None:
+        """The batch that passes next."""
+        self._batch, self._logits_TE = batch, None
+
+    def __enter__(self) -> LayerObservation:
+        self._stack = ExitStack()
+        self._stack.enter_context(experts_forward.observe(self.layer.experts, self))
+        handle = self.layer.router.register_forward_hook(self._router_hook)
+        self._stack.callback(handle.remove)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def _router_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        logits = output[0] if isinstance(output, tuple) else output
+        E = self.layer.num_experts
+        if isinstance(logits, Tensor) and logits.shape[-1] == E:
+            self._logits_TE = logits.detach().reshape(-1, E)
+
+    # -- the tap of the experts forward ---------------------------------------------------------------------------
+
+    def routed(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> bool:
+        assert self._batch is not None
+        T, ids = x_TH.shape[0], self._batch.ids_BL
+        if index_TK.shape != weight_TK.shape or T != ids.numel():
+            raise ModelError(
+                f"layer {self.layer.index}: the experts received {T} tokens of a batch of {ids.numel()}, with"
+                f" {tuple(index_TK.shape)} ids and {tuple(weight_TK.shape)} weights",
+                "This architecture does not follow the router contract and cannot be profiled.",
+            )
+        mask = self._batch.mask_BL
+        self._real_T = None if mask is None else mask.reshape(-1).to(x_TH.device)
+        self._row_of_T = None if self._real_T is None else self._real_T.cumsum(0) - 1
+        self._weight_TK = weight_TK.detach()
+        total = self._weight_TK.float().sum(-1, keepdim=True).clamp(min=1e-20)
+        self._share_TK = self._weight_TK.float() / total
+        domain_B = self._batch.domain_B if self._batch.domain_B is not None else torch.zeros(ids.shape[0]).long()
+        domain_T = domain_B.to(x_TH.device)[:, None].expand(ids.shape).reshape(-1)
+        keep: Callable[[Tensor], Tensor] = (lambda t: t) if self._real_T is None else (lambda t: t[self._real_T])
+        routing = Routing(
+            x_TH=keep(x_TH.detach()),
+            logits_TE=None if self._logits_TE is None else keep(self._logits_TE),
+            weight_TK=keep(self._weight_TK),
+            index_TK=keep(index_TK.detach()),
+            domain_T=keep(domain_T),
+        )
+        self.tokens += routing.x_TH.shape[0]
+        for observer in self.observers:
+            observer.see_routing(routing)
+        return bool(self._with_outputs)
+
+    def expert(self, expert: int, row_R: Tensor, x_RH: Tensor, y_RH: Tensor) -> None:
+        K = self._weight_TK.shape[-1]
+        token_R = row_R // K
+        weight_R, share_R = self._weight_TK.reshape(-1)[row_R], self._share_TK.reshape(-1)[row_R]
+        if self._real_T is not None and self._row_of_T is not None:
+            real_R = self._real_T[token_R]
+            if not bool(real_R.any()):
+                return
+            if not bool(real_R.all()):
+                x_RH, y_RH, weight_R, share_R = x_RH[real_R], y_RH[real_R], weight_R[real_R], share_R[real_R]
+                token_R = token_R[real_R]
+            token_R = self._row_of_T[token_R]
+        rows = ExpertRows(expert, x_RH.detach(), y_RH.detach(), weight_R, share_R, token_R)
+        for observer in self._with_outputs:
+            observer.see_outputs(rows)
+
+    def result(self) -> LayerProfile:
+        """What was seen. Raises ModelError if the layer never ran: a hook that missed must not look like zeros."""
+        if self.tokens == 0:
+            raise ModelError(
+                f"layer {self.layer.index} was never seen routing a token",
+                "Its experts do not run through transformers' experts interface.",
+            )
+        stats: dict[str, Tensor] = {}
+        for observer in self.observers:
+            stats |= observer.state()
+        layer = self.layer
+        return LayerProfile(layer.index, layer.name, layer.num_experts, layer.top_k, self.tokens, layer.groups, stats)
+
+
+def unique(observers: Iterable[type[Observer]]) -> Sequence[type[Observer]]:
+    """Each observer once, in order."""
+    return list(dict.fromkeys(observers))

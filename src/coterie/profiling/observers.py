@@ -1,0 +1,286 @@
+"""Observers: one small class per statistic of one MoE layer.
+
+An observer sees the routed tokens of one layer, padding already removed, and adds them up. Gates and expert ids are
+what the experts module really received; nothing is re-derived from logits. Sums are kept in float64 and counts in
+int64, so results do not depend on how the text was cut into batches (beyond the last bits of a float64 sum).
+
+To add a statistic, write a class with `fields` and one of the two `see_*` methods; a method names it in `observes`.
+"""
+
+# T tokens, H hidden, E experts, K experts per token, R rows routed to one expert, D domains
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes an observer needs: E experts, K per token, H hidden, D domains."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    domains: int
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One batch of tokens at the door of the experts.
+
+    x_TH : their inputs. logits_TE : the router's raw scores (None where the router returns none).
+    weight_TK, index_TK : applied gate weights and expert ids; id == E means "no expert", with weight 0.
+    domain_T : domain of each token.
+    """
+
+    x_TH: Tensor
+    logits_TE: Tensor | None
+    weight_TK: Tensor
+    index_TK: Tensor
+    domain_T: Tensor
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """The rows of one batch that one expert computed.
+
+    x_RH : inputs. y_RH : raw outputs, before the gate weight. weight_R : applied gate weight.
+    share_R : the weight divided by the sum over the token's selected experts. token_R : row of `Routing` it came from.
+    """
+
+    expert: int
+    x_RH: Tensor
+    y_RH: Tensor
+    weight_R: Tensor
+    share_R: Tensor
+    token_R: Tensor
+
+
+class Observer:
+    """Adds up one statistic of one layer.
+
+    fields : {name: "sum" or "max" or "with <other>"}: how two profiles of the same model are merged; "with max_E"
+        means "taken from the side whose max_E is larger".
+    """
+
+    fields: ClassVar[dict[str, str]] = {}
+    watches_outputs: ClassVar[bool] = False
+
+    def __init__(self, shape: LayerShape) -> None:
+        self.shape = shape
+
+    def see_routing(self, routing: Routing) -> None:
+        """Called once per batch."""
+
+    def see_outputs(self, rows: ExpertRows) -> None:
+        """Called once per expert and batch, only if `watches_outputs`."""
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.fields}
+
+
+def _hits_TE(index_TK: Tensor, E: int) -> Tensor:
+    """One where a token selected an expert, [T, E] float32; the sentinel column is dropped."""
+    hits = torch.zeros(index_TK.shape[0], E + 1, device=index_TK.device)
+    return hits.scatter_(1, index_TK.clamp(max=E), 1.0)[:, :E]
+
+
+class SelectionCount(Observer):
+    """count_E: how many tokens selected each expert."""
+
+    fields = {"count_E": "sum"}
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.count_E = torch.zeros(shape.experts, dtype=torch.int64)
+
+    def see_routing(self, routing: Routing) -> None:
+        E = self.shape.experts
+        self.count_E += torch.bincount(routing.index_TK.reshape(-1).clamp(max=E), minlength=E + 1)[:E].cpu()
+
+
+class DomainCount(Observer):
+    """count_DE: how many tokens of each domain selected each expert. tokens_D: tokens of each domain."""
+
+    fields = {"count_DE": "sum", "tokens_D": "sum"}
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.count_DE = torch.zeros(shape.domains, shape.experts, dtype=torch.int64)
+        self.tokens_D = torch.zeros(shape.domains, dtype=torch.int64)
+
+    def see_routing(self, routing: Routing) -> None:
+        D, E = self.count_DE.shape
+        self.tokens_D += torch.bincount(routing.domain_T, minlength=D).cpu()
+        joint_TK = routing.domain_T[:, None] * (E + 1) + routing.index_TK.clamp(max=E)
+        self.count_DE += torch.bincount(joint_TK.reshape(-1), minlength=D * (E + 1)).view(D, E + 1)[:, :E].cpu()
+
+
+class GateMass(Observer):
+    """gate_mass_E: sum of the gate weights the model applied. gate_share_E: the same with each token's summing to 1."""
+
+    fields = {"gate_mass_E": "sum", "gate_share_E": "sum"}
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.gate_mass_E = torch.zeros(shape.experts, dtype=torch.float64)
+        self.gate_share_E = torch.zeros(shape.experts, dtype=torch.float64)
+
+    def see_routing(self, routing: Routing) -> None:
+        E = self.shape.experts
+        weight_TK = routing.weight_TK.double()
+        share_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)
+        index = routing.index_TK.reshape(-1).clamp(max=E)
+        for total_E, value_TK in ((self.gate_mass_E, weight_TK), (self.gate_share_E, share_TK)):
+            total_E += torch.bincount(index, weights=value_TK.reshape(-1), minlength=E + 1)[:E].cpu()
+
+
+class ScoreMass(Observer):
+    """score_mass_E: sum over tokens of the softmax of the router's logits, all experts, selected or not."""
+
+    fields = {"score_mass_E": "sum"}
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.score_mass_E = torch.zeros(shape.experts, dtype=torch.float64)
+
+    def see_routing(self, routing: Routing) -> None:
+        if routing.logits_TE is not None:
+            self.score_mass_E += routing.logits_TE.float().softmax(-1).double().sum(0).cpu()
+
+
+class CoActivation(Observer):
+    """coactivation_EE: how many tokens selected both experts; the diagonal is the selection count."""
+
+    fields = {"coactivation_EE": "sum"}
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.coactivation_EE = torch.zeros(shape.experts, shape.experts, dtype=torch.int64)
+
+    def see_routing(self, routing: Routing) -> None:
+        hits = _hits_TE(routing.index_TK, self.shape.experts).double()  # exact up to 2^53 tokens
+        self.coactivation_EE += (hits.T @ hits).long().cpu()
+
+
+class RouterGram(Observer):
+    """router_gram_EE: sum over tokens of logits^T logits. router_sum_E: sum of logits."""
+
+    fields = {"router_gram_EE": "sum", "router_sum_E": "sum"}
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.router_gram_EE = torch.zeros(shape.experts, shape.experts, dtype=torch.float64)
+        self.router_sum_E = torch.zeros(shape.experts, dtype=torch.float64)
+
+    def see_routing(self, routing: Routing) -> None:
+        if routing.logits_TE is not None:
+            logits = routing.logits_TE.double()
+            self.router_gram_EE += (logits.T @ logits).cpu()
+            self.router_sum_E += logits.sum(0).cpu()
+
+
+class OutputNorm(Observer):
+    """output_norm_E: sum over routed tokens of ||f_e(x)||_2, before the gate. output_norm_max_E: the largest."""
+
+    fields = {"output_norm_E": "sum", "output_norm_max_E": "max"}
+    watches_outputs = True
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.output_norm_E = torch.zeros(shape.experts, dtype=torch.float64)
+        self.output_norm_max_E = torch.zeros(shape.experts, dtype=torch.float32)
+
+    def see_outputs(self, rows: ExpertRows) -> None:
+        norm_R = rows.y_RH.float().norm(dim=-1)
+        self.output_norm_E[rows.expert] += norm_R.double().sum().cpu()
+        self.output_norm_max_E[rows.expert] = max(self.output_norm_max_E[rows.expert], norm_R.max().cpu())
+
+
+class WeightedOutputNorm(Observer):
+    """weighted_norm_E: sum over routed tokens of g * ||f_e(x)||_2 with the applied weight g.
+
+    shared_norm_E: the same with g divided by the sum over the token's selected experts (REAP's renormalised gate).
+    """
+
+    fields = {"weighted_norm_E": "sum", "shared_norm_E": "sum"}
+    watches_outputs = True
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.weighted_norm_E = torch.zeros(shape.experts, dtype=torch.float64)
+        self.shared_norm_E = torch.zeros(shape.experts, dtype=torch.float64)
+
+    def see_outputs(self, rows: ExpertRows) -> None:
+        norm_R = rows.y_RH.float().norm(dim=-1)
+        self.weighted_norm_E[rows.expert] += (rows.weight_R.float() * norm_R).double().sum().cpu()
+        self.shared_norm_E[rows.expert] += (rows.share_R.float() * norm_R).double().sum().cpu()
+
+
+class MeanOutput(Observer):
+    """output_sum_EH: sum over routed tokens of f_e(x), before the gate."""
+
+    fields = {"output_sum_EH": "sum"}
+    watches_outputs = True
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.output_sum_EH = torch.zeros(shape.experts, shape.hidden, dtype=torch.float64)
+
+    def see_outputs(self, rows: ExpertRows) -> None:
+        self.output_sum_EH[rows.expert] += rows.y_RH.double().sum(0).cpu()
+
+
+class InputMoment(Observer):
+    """input_square_EH: sum over routed tokens of x^2, per channel (the diagonal of the routed inputs' second moment)."""
+
+    fields = {"input_square_EH": "sum"}
+    watches_outputs = True
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.input_square_EH = torch.zeros(shape.experts, shape.hidden, dtype=torch.float64)
+
+    def see_outputs(self, rows: ExpertRows) -> None:
+        self.input_square_EH[rows.expert] += rows.x_RH.double().square().sum(0).cpu()
+
+
+class MaxActivation(Observer):
+    """output_max_E: largest |f_e(x)[c]| over routed tokens and channels, before the gate; its channel c."""
+
+    fields = {"output_max_E": "max", "output_max_channel_E": "with output_max_E"}
+    watches_outputs = True
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.output_max_E = torch.zeros(shape.experts, dtype=torch.float32)
+        self.output_max_channel_E = torch.full((shape.experts,), -1, dtype=torch.int64)
+
+    def see_outputs(self, rows: ExpertRows) -> None:
+        peak_H = rows.y_RH.float().abs().amax(0)
+        value, channel = peak_H.max(0)
+        if value.cpu() > self.output_max_E[rows.expert]:
+            self.output_max_E[rows.expert] = value.cpu()
+            self.output_max_channel_E[rows.expert] = channel.cpu()
+
+
+OBSERVERS: dict[str, type[Observer]] = {
+    cls.__name__: cls
+    for cls in (
+        SelectionCount,
+        DomainCount,
+        GateMass,
+        ScoreMass,
+        CoActivation,
+        RouterGram,
+        OutputNorm,
+        WeightedOutputNorm,
+        MeanOutput,
+        InputMoment,
+        MaxActivation,
+    )
+}
