@@ -34,6 +34,7 @@ from coterie.anatomy.architectures import model_class_of
 from coterie.errors import CheckpointError, CoterieError, UsageError
 from coterie.experts import forward as experts_forward
 from coterie.streaming.checkpoint import DTYPES, Checkpoint
+from coterie.streaming.fused import fused_layouts
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -129,6 +130,9 @@ class StreamedModel:
         self._dtype_plan = self.model._get_dtype_plan(self.compute_dtype)
         self.params = self._match_keys()
         self._check_by_dry_conversion()
+        shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        self.fused = fused_layouts(checkpoint, self.params, shapes, self.mapping)
+        self._reusable: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
         self.moe = {layer.index: layer for layer in moe_layers(self.model)}
         self.layer_keys: list[list[str]] = [[] for _ in self.layers]
         self.outer_keys: list[str] = []
@@ -139,8 +143,6 @@ class StreamedModel:
                 self.layer_keys[int(param[len(self.prefix) + 1 :].split(".")[0])].append(key)
             else:
                 self.outer_keys.append(key)
-        self._expert_paths = tuple(f"{layer.experts_name}." for layer in self.moe.values())
-        self._templates: dict[str, Tensor] = {}
         checkpoint.on_read = self._on_read
         self.on_read: Any = None
         self.retain: set[str] = set()  # parameters whose stored values are wanted besides the cast ones
@@ -254,6 +256,7 @@ class StreamedModel:
 
     def free_layer(self, index: int) -> None:
         """Put layer `index` back on meta. An edited layer keeps its edited shapes."""
+        self._recycle(index)
         _to_meta(self.layers[index])
         self.checkpoint.release(self.layer_keys[index])
 
@@ -284,21 +287,50 @@ class StreamedModel:
         return [key for key, param in self.params.items() if param in wanted]
 
     def _load(self, keys: list[str]) -> None:
+        self._errors: list[CoterieError] = []
+        named = {str(self.params[key]) for key in keys}
+        straight = [param for param in sorted(named) if param in self.fused]
+        for param in straight:
+            self._load_fused(param)
+        taken = set(straight)
+        others = [key for key in keys if self.params[key] not in taken]
         settings = LoadStateDictConfig(
             dtype=self.compute_dtype, weight_mapping=self.mapping, device_map={"": self.device}
         )
-        self._errors: list[CoterieError] = []
-        info, _ = convert_and_load_state_dict_in_model(self.model, self.checkpoint.lazy(keys), settings, None)
+        info, _ = convert_and_load_state_dict_in_model(self.model, self.checkpoint.lazy(others), settings, None)
         if self._errors:
             raise self._errors[0]
         if info.conversion_errors:
             name, text = min(info.conversion_errors.items())
             raise CheckpointError(f"cannot assemble {name}: {text.strip().splitlines()[-1]}")
-        for param in {str(self.params[key]) for key in keys}:
-            if param in self.retain:
-                self.retained[param] = self.model.get_parameter_or_buffer(param).detach()
-        for owner in {str(self.params[key]).rpartition(".")[0] for key in keys}:
+        for param in named & self.retain:
+            self.retained[param] = self.model.get_parameter_or_buffer(param).detach()
+        for owner in {param.rpartition(".")[0] for param in named}:
             self._to_compute_dtype(self.model.get_submodule(owner))
+
+    def _load_fused(self, param: str) -> None:
+        """Read a fused parameter expert by expert, into the memory the same parameter of another layer has left."""
+        owner_path, _, name = param.rpartition(".")
+        owner = self.model.get_submodule(owner_path)
+        template = owner._parameters[name]
+        assert template is not None
+        memory = self._reusable.pop((name, template.shape, template.dtype), None)
+        if memory is None:
+            memory = torch.empty(template.shape, dtype=template.dtype)
+        self.fused[param].read(self.checkpoint, memory)
+        value = nn.Parameter(memory.to(self.device), requires_grad=False)
+        value._is_hf_initialized = True  # type: ignore[attr-defined]
+        owner._parameters[name] = value
+
+    def _recycle(self, index: int) -> None:
+        """Keep the memory of a layer's fused experts for the next layer, unless an edit has replaced it."""
+        prefix = f"{self.prefix}.{index}."
+        for param in self.fused:
+            if param.startswith(prefix):
+                value = self.model.get_parameter_or_buffer(param).detach()
+                E, rows, _ = value.shape
+                if E == len(self.fused[param].keys) and value.device.type == "cpu" and not value.is_meta:
+                    self._reusable[(param.rpartition(".")[2], value.shape, value.dtype)] = value
 
     def _to_compute_dtype(self, module: nn.Module) -> None:
         """Cast what was loaded into `module` to the compute dtype; fused experts may stay as they are stored."""
@@ -326,9 +358,8 @@ class StreamedModel:
         return self.compute_dtype
 
     def _on_read(self, key: str, tensor: Tensor) -> None:
-        if not self.allow_nonfinite and tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel():
-            low, high = torch.aminmax(tensor)
-            if not (torch.isfinite(low) and torch.isfinite(high)):
+        if not self.allow_nonfinite and tensor.dtype in _EXPONENT and tensor.numel():
+            if not all_finite(tensor):
                 bad = int((~torch.isfinite(tensor)).sum())
                 error = CheckpointError(
                     f"{key} holds {bad} NaN or Inf weights of {tensor.numel()}",
@@ -362,6 +393,20 @@ class StreamedModel:
             owner = owners[id(paths[path])]
             with torch.no_grad():
                 owner._init_weights(module)
+
+
+_EXPONENT = {
+    torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
+    torch.float16: (torch.int16, 0x7FFF, 0x7C00),
+    torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
+}
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """No NaN, no Inf: without its sign bit, every bit pattern is below that of infinity. One pass over integers."""
+    integer, magnitude, infinity = _EXPONENT[tensor.dtype]
+    return int(tensor.view(integer).bitwise_and(magnitude).amax()) < infinity
 
 
 class _MetaSlice:

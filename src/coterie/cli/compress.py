@@ -1,0 +1,192 @@
+"""`coterie compress`: the main job. Name a checkpoint and a budget, get a smaller one, see what it cost."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coterie.cli import options as o
+from coterie.cli.common import Common, emit_json, gigabytes, millions, parse_set, say, table, verb, warn
+from coterie.cli.progress import Bar
+from coterie.errors import CoterieError, UsageError
+
+
+@verb
+def compress(
+    common: Common,
+    model: o.Model,
+    out: Annotated[str, typer.Argument(help="Folder for the smaller checkpoint.", show_default=False)],
+    method: Annotated[str, typer.Option(help="One of `coterie methods`.")] = "reap",
+    keep: o.Keep = None,
+    keep_experts: o.KeepExperts = None,
+    target_size: o.TargetSize = None,
+    scope: o.Scope = "uniform",
+    minimum: o.Minimum = 1,
+    layers: o.Layers = None,
+    exclude_layers: o.ExcludeLayers = None,
+    protect: o.Protect = None,
+    data: o.Data = None,
+    profile: Annotated[str | None, typer.Option(help="Use a finished profile instead of text.")] = None,
+    plan: Annotated[str | None, typer.Option(help="Carry out this plan file; it holds method and budget.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Carry out this recipe (YAML): method, budget, data.")] = None,
+    parameters: o.Set = None,
+    propagate: Annotated[
+        bool, typer.Option("--propagate", help="Let later layers see what the changed earlier ones put out.")
+    ] = False,
+    samples: o.Samples = 128,
+    length: o.Length = 512,
+    batch_size: o.BatchSize = None,
+    pack: o.Pack = True,
+    seed: o.Seed = 0,
+    tokens: o.Tokens = None,
+    tokenizer: o.Tokenizer = None,
+    evaluate: Annotated[
+        list[str] | None, typer.Option(help="Held-out text: evaluate before and after, and put it into the report.")
+    ] = None,
+    evaluate_samples: Annotated[int, typer.Option(min=1, help="Sequences per domain for --evaluate.")] = 32,
+    shard_size: Annotated[str, typer.Option(help="Largest shard.")] = "5GB",
+    report: Annotated[bool, typer.Option(help="Write report.html into the output folder.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would need and stop before anything is written.")
+    ] = False,
+    overwrite: o.Overwrite = False,
+) -> None:
+    """Shrink a checkpoint of any size, one layer in memory at a time.
+
+    A killed run, started again with the same command, goes on after its last whole layer.
+    """
+    began = time.monotonic()
+    runtime = common.runtime()
+    from coterie import api
+
+    if recipe and (plan or profile):
+        raise UsageError("give a recipe, a plan or a profile, not several of them")
+    budget: dict[str, Any] = {
+        "keep": keep,
+        "keep_experts": keep_experts,
+        "target_size": target_size,
+        "scope": scope,
+        "minimum": minimum,
+        "layers": layers,
+        "exclude_layers": exclude_layers,
+        "protect": protect or (),
+    }
+    text: dict[str, Any] = {
+        "tokens": tokens,
+        "tokenizer": tokenizer,
+        "samples": samples,
+        "length": length,
+        "batch_size": batch_size,
+        "pack": pack,
+        "seed": seed,
+    }
+    request: dict[str, Any] = {
+        "method": method,
+        "parameters": parse_set(parameters or []),
+        "data": data or (),
+        "profile": profile,
+        "propagate": propagate,
+        **budget,
+        **text,
+    }
+    if plan is not None:
+        if any(v is not None for v in (keep, keep_experts, target_size)):
+            raise UsageError("a plan already says what stays", "Leave out --keep, --keep-experts and --target-size.")
+        request = {"plan": plan}
+    if recipe is not None:
+        request = api.recipe_request(recipe, {k: v for k, v in request.items() if k in ("tokens", "tokenizer") and v})
+    first_layer: list[Any] = []
+
+    with Bar("compress", enabled=not common.json) as bar:
+        ahead = api.forecast(model, out, runtime=runtime, progress=bar, measure=dry_run, **request)
+        _show_forecast(ahead, common)
+        if dry_run:
+            if common.json:
+                emit_json(ahead.describe())
+            return
+        result = api.compress(
+            model,
+            out,
+            runtime=runtime,
+            progress=bar,  # type: ignore[arg-type]
+            shard_size=shard_size,
+            overwrite=overwrite,
+            on_first_layer=lambda layer, layer_plan: first_layer.append((layer, layer_plan)),
+            **request,
+        )
+    for text_warning in result.warnings:
+        warn(text_warning)
+    from coterie.compression.forecast import redundancy
+
+    figures = redundancy(result.layers, {layer.index: layer for layer in result.plan.layers})
+    if figures["warning"]:
+        warn(figures["warning"])
+    quality: list[Any] = []
+    if evaluate:
+        with Bar("evaluate", enabled=not common.json) as bar:
+            quality = api.evaluate(
+                [model, out],
+                evaluate,
+                samples=evaluate_samples,
+                length=length,
+                tokenizer=tokenizer,
+                seed=seed,
+                runtime=runtime,
+                progress=bar,  # type: ignore[arg-type]
+            )
+    if report:
+        _write_report(out, quality, result, figures, time.monotonic() - began)
+    if common.json:
+        emit_json({**result.record, "out": out, "redundancy": figures, "quality": [q.describe() for q in quality]})
+        return
+    _show_result(result, out, time.monotonic() - began, report)
+    if quality:
+        from coterie.cli.evaluate import show
+
+        show(quality)
+
+
+def _write_report(out: str, quality: list[Any], result: Any, figures: dict[str, Any], elapsed: float) -> None:
+    from coterie.analysis.report import write_report
+    from coterie.reporting import build_report
+
+    try:
+        page = build_report([out], quality, loads=result.layers, redundancy=figures, elapsed=elapsed)
+        write_report(page, Path(out) / "report.html")
+    except CoterieError as error:  # the checkpoint is complete; a report that cannot be written must not hide that
+        warn(f"the checkpoint is complete, but its report could not be written: {error.message}")
+
+
+def _show_forecast(ahead: Any, common: Common) -> None:
+    for problem in ahead.problems():
+        warn(problem)
+    if common.json:
+        return
+    seconds = "" if ahead.seconds is None else f", about {ahead.seconds / 60:.1f} minutes"
+    say(
+        f"needs about {gigabytes(ahead.memory_bytes)} of memory and {gigabytes(ahead.disk_bytes)} of disk,"
+        f" reads {gigabytes(ahead.bytes_to_read)} in {ahead.sweeps} sweep{'s' if ahead.sweeps > 1 else ''}{seconds}"
+    )
+    if ahead.redundancy:
+        shown = {k: v for k, v in ahead.redundancy.items() if isinstance(v, float)}
+        say("first MoE layer: " + ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in shown.items()))
+        if ahead.redundancy.get("warning"):
+            warn(ahead.redundancy["warning"])
+
+
+def _show_result(result: Any, out: str, elapsed: float, report: bool) -> None:
+    before, after = result.before, result.after
+    rows = [
+        ["experts per layer", f"{before.experts}", f"{after.experts}"],
+        ["weights", gigabytes(before.bytes), gigabytes(after.bytes)],
+        ["parameters", millions(before.parameters), millions(after.parameters)],
+        ["active per token", millions(before.active_parameters), millions(after.active_parameters)],
+    ]
+    table(f"{result.plan.method}: {out}", ["", "before", "after"], rows)
+    resumed = ", resumed" if result.resumed else ""
+    say(
+        f"{result.sweeps} sweep{'s' if result.sweeps > 1 else ''}, {gigabytes(result.bytes_read)} read,"
+        f" {gigabytes(result.bytes_written)} written, {elapsed:.1f} s{resumed}"
+        + (f"; see {out}/report.html" if report else "")
+    )

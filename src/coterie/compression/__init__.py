@@ -1,0 +1,1 @@
+"""Make a model smaller: profile, plan, apply; and the methods that decide."""

@@ -1,0 +1,218 @@
+"""Carry out a plan on a streamed model: edit a layer while it is in memory, write it, forget it.
+
+The output's layout is computed on meta tensors before anything is read: which tensors change, and what they will be
+called and how large they will be. Tensors the plan does not touch are copied byte for byte as they are read, or from
+file to file if they are not; touched ones are written in the dtype they were stored in.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coterie.anatomy import select, slice_names
+from coterie.anatomy.counts import with_expert_count
+from coterie.anatomy.layers import refuse_unsliceable
+from coterie.compression.methods import Method
+from coterie.compression.plan import LayerPlan, Plan
+from coterie.errors import UsageError
+from coterie.streaming.model import StreamedModel
+from coterie.streaming.writer import ShardWriter, Spec, disk_error, write_json
+
+_SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_NOT_COPIED = ("config.json", "coterie.json", "plan.json", "model.safetensors.index.json", "README.md")
+_LARGEST_COPY = 256 * 2**20
+
+
+class Output:
+    """The checkpoint that is being written.
+
+    Parameters
+    ----------
+    streamed : StreamedModel
+        Source; still whole (no layer edited yet).
+    folder : Path
+        Where files are written.
+    counts : {layer: experts it will keep}
+    method : Method
+        Its `rebuild` may change weights even where every expert stays.
+    shard_bytes : int
+
+    Raises UsageError if the counts differ between layers: a plain checkpoint has one number for all.
+    """
+
+    def __init__(
+        self, streamed: StreamedModel, folder: Path, counts: Mapping[int, int], method: Method, shard_bytes: int
+    ) -> None:
+        self.streamed, self.folder, self.method = streamed, folder, method
+        self.experts_before = next(iter(streamed.moe.values())).num_experts
+        if len(set(counts.values())) > 1:
+            low, high = min(counts.values()), max(counts.values())
+            raise UsageError(
+                f"the plan keeps between {low} and {high} experts per layer; a plain checkpoint has one number for all",
+                "Use a uniform budget over all layers. The plan itself is valid and can be saved with `coterie plan`.",
+            )
+        self.experts_after = next(iter(counts.values()))
+        if self.experts_after != self.experts_before:
+            refuse_unsliceable(streamed.model)
+        self.sliced = {index: slice_names(layer) for index, layer in streamed.moe.items()}
+        self.touched = {
+            index: names if counts[index] < streamed.moe[index].num_experts else self._rebuilt(index)
+            for index, names in self.sliced.items()
+        }
+        self.notes: list[str] = []
+        self._replaced = {index: set(streamed.keys_of(names)) for index, names in self.touched.items()}
+        gone = set().union(*self._replaced.values())
+        self.through = [k for k in streamed.checkpoint.tensors if k not in gone and not self._orphan(k)]
+        self._through = set(self.through)
+        streamed.on_read = self._pass
+        streamed.retain = {name for names in self.touched.values() for name in names}
+        self.writer = ShardWriter(folder, self._specs(counts), shard_bytes)
+
+    def _rebuilt(self, index: int) -> dict[str, int]:
+        """What a method that only recombines weights touches: the experts themselves."""
+        if not self.method.rebuilds:
+            return {}
+        prefix = f"{self.streamed.moe[index].experts_name}."
+        return {name: dim for name, dim in self.sliced[index].items() if name.startswith(prefix)}
+
+    def _orphan(self, key: str) -> bool:
+        """Tensors of extra prediction layers that the model ignores: with other experts they would no longer fit."""
+        if self.streamed.params[key] is not None or self.experts_after == self.experts_before:
+            return False
+        found = re.search(r"\.layers\.(\d+)\.", key)
+        extra = found is not None and int(found[1]) >= len(self.streamed.layers)
+        if extra and not self.notes:
+            self.notes.append("extra prediction layers (multi-token prediction) were left out: their experts do not fit")
+        return extra
+
+    def _specs(self, counts: Mapping[int, int]) -> list[Spec]:
+        """Everything that will be written, in the order of the source."""
+        streamed = self.streamed
+        fresh: dict[int, dict[str, Tensor]] = {}
+        for index, names in self.touched.items():
+            state = {}
+            for name, dim in names.items():
+                if name in streamed.fused:
+                    continue
+                meta = streamed.model.get_parameter_or_buffer(name).detach()
+                shape = list(meta.shape)
+                shape[dim] = counts[index]
+                state[name] = torch.empty(shape, dtype=meta.dtype, device="meta")
+            fresh[index] = streamed.checkpoint_tensors(state) if state else {}
+            for name in names:
+                if name in streamed.fused:
+                    metas = streamed.model.get_parameter_or_buffer(name).detach()
+                    fresh[index] |= dict(streamed.fused[name].tensors(metas, range(counts[index])))
+        self._fresh_of = {key: index for index, tensors in fresh.items() for key in tensors}
+        owner = {key: index for index, keys in self._replaced.items() for key in keys}
+        specs: list[Spec] = []
+        done: set[str] = set()
+        for key, info in streamed.checkpoint.tensors.items():
+            layer = owner.get(key)
+            if key in self._through:
+                specs.append(Spec(key, info.meta().dtype, info.shape))
+            elif layer is not None and key in fresh[layer]:
+                specs.append(Spec(key, fresh[layer][key].dtype, tuple(fresh[layer][key].shape)))
+                done.add(key)
+        for tensors in fresh.values():  # names the source does not have: another layout on disk
+            specs += [Spec(k, t.dtype, tuple(t.shape)) for k, t in tensors.items() if k not in done]
+        return specs
+
+    def _pass(self, key: str, tensor: Tensor) -> None:
+        if key in self._through:
+            self.writer.write(key, tensor)
+
+    def edit(self, plan: LayerPlan, *, in_memory: bool) -> dict[str, float]:
+        """Carry out `plan` on its layer, which is in memory, and write what changed. Returns the method's figures.
+
+        With `in_memory` the layer itself also loses its experts, so that it can run as it will be; without, it is only
+        written, from where it lies.
+        """
+        layer = self.streamed.moe[plan.index]
+        figures = self.method.rebuild(layer.bank, plan) if self.method.rebuilds else {}
+        state: dict[str, Tensor] = {}
+        for name, dim in self.touched[plan.index].items():
+            stored = self.streamed.retained.pop(name)
+            if name in self.streamed.fused:
+                for key, view in self.streamed.fused[name].tensors(stored, plan.keep):
+                    self.writer.write(key, view)
+            else:
+                state[name] = stored.index_select(dim, torch.tensor(plan.keep, device=stored.device))
+        if state:
+            for key, tensor in self.streamed.checkpoint_tensors(state).items():
+                self.writer.write(key, tensor)
+        if in_memory:
+            select(layer, plan.keep)
+        return figures
+
+    def mark_written(self, index: int) -> None:
+        """Layer `index` was written by an earlier run."""
+        fresh = [key for key, layer in self._fresh_of.items() if layer == index]
+        self.writer.mark([*fresh, *(k for k in self.streamed.layer_keys[index] if k in self._through)])
+
+    def router_parameters_per_expert(self) -> int:
+        """Numbers the router holds for one expert (its row and biases), in one layer."""
+        layer = next(iter(self.streamed.moe.values()))
+        names = [n for n in slice_names(layer) if not n.startswith(f"{layer.experts_name}.")]
+        return sum(self.streamed.model.get_parameter_or_buffer(n).numel() for n in names) // layer.num_experts
+
+    def copy_rest(self, keys: Iterable[str]) -> None:
+        """Copy untouched tensors that no sweep has read, file to file."""
+        for key in keys:
+            if key in self._through and not self.writer.has(key):
+                self.writer.copy(key, self.streamed.checkpoint.tensors[key])
+
+    def finish(self, plan: Plan, record: dict[str, Any]) -> list[str]:
+        """Write what is not weights: config, tokenizer, plan, record, model card. Returns the names of all files."""
+        source, raw = self.streamed.checkpoint.folder, self.streamed.checkpoint.raw_config
+        config = with_expert_count(raw, self.streamed.config, self.experts_before, self.experts_after)
+        if self.notes:
+            for name in ("num_nextn_predict_layers", "num_mtp_layers"):
+                if name in config:
+                    config[name] = 0
+        names = list(self.writer.files)
+        write_json(self.folder / "config.json", config)
+        write_json(self.folder / "coterie.json", record)
+        plan.save(self.folder / "plan.json")
+        card = source / "README.md"
+        before = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        (self.folder / "README.md").write_text(before + model_card(record), encoding="utf-8")
+        names += ["config.json", "coterie.json", "plan.json", "README.md"]
+        for file in sorted(source.iterdir()):
+            wanted = file.suffix in _SMALL_FILES or file.name.startswith("LICENSE")
+            if wanted and file.is_file() and file.name not in _NOT_COPIED and not file.name.startswith("."):
+                if file.stat().st_size <= _LARGEST_COPY:
+                    try:
+                        shutil.copyfile(file, self.folder / file.name)
+                    except OSError as error:
+                        raise disk_error(error, self.folder) from error
+                    names.append(file.name)
+        return names
+
+
+def model_card(record: dict[str, Any]) -> str:
+    """The section of the model card that says what was done."""
+    recipe = record["recipe"]
+    before, after = record["before"], record["after"]
+    lines = [
+        "",
+        "## Compressed with Coterie",
+        "",
+        f"- method: `{recipe['method']}` {recipe['parameters'] or ''}".rstrip(),
+        f"- experts per layer: {before['experts']} -> {after['experts']}",
+        f"- parameters: {before['parameters']:,} -> {after['parameters']:,}"
+        f" (active per token: {before['active_parameters']:,} -> {after['active_parameters']:,})",
+        f"- weights: {before['bytes'] / 1e9:.3f} GB -> {after['bytes'] / 1e9:.3f} GB",
+        "",
+        "Loads with plain transformers. `coterie.json` holds the recipe, digests and versions; `plan.json` which"
+        " experts stayed.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,471 @@
+"""Compress a checkpoint: profile, plan and apply in as few sweeps as the budget allows, safe against crashes.
+
+- A method that judges each layer alone, under a uniform budget, takes one sweep: a layer is profiled, planned, edited
+  and written while it is in memory.
+- A finished plan or profile takes one sweep too, without running the model.
+- A budget over all layers needs all profiles first: two sweeps.
+
+A killed run, started again, goes on after the last whole layer and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coterie.anatomy import check_keep
+from coterie.compression.apply import Output
+from coterie.compression.forecast import Forecast, forecast, redundancy
+from coterie.compression.methods import Method, get_method
+from coterie.compression.plan import LayerPlan, Plan
+from coterie.compression.selector import Budget, check_protect, counts_for, select_global, select_layer
+from coterie.compression.sizes import Size, measure
+from coterie.errors import UsageError
+from coterie.profiling.observe import LayerObservation, unique
+from coterie.profiling.observers import MeanOutput, Observer, SelectionCount
+from coterie.profiling.profile import LayerProfile, Profile
+from coterie.profiling.run import profile_model
+from coterie.streaming.lockstep import Progress, States, Step, sweep
+from coterie.streaming.model import StreamedModel
+from coterie.streaming.writer import DEFAULT_SHARD_BYTES, Workspace
+from coterie.text import TokenData
+
+FORECAST: tuple[type[Observer], ...] = (SelectionCount, MeanOutput)  # what the redundancy estimate needs
+
+
+@dataclass
+class Result:
+    """What `compress` did. `figures` are the method's own, per layer; `loads` the share of routed slots per expert."""
+
+    out: Path
+    plan: Plan
+    before: Size
+    after: Size
+    sweeps: int
+    bytes_read: int
+    bytes_written: int
+    resumed: bool
+    record: dict[str, Any]
+    figures: dict[int, dict[str, float]] = field(default_factory=dict)
+    layers: dict[int, LayerProfile] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def compress(
+    streamed: StreamedModel,
+    out: Path,
+    *,
+    model: str,
+    method: Method,
+    name: str,
+    budget: Budget | None = None,
+    data: TokenData | None = None,
+    profile: Profile | None = None,
+    plan: Plan | None = None,
+    propagate: bool = False,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    memory: int = 2 * 2**30,
+    progress: Progress | None = None,
+    on_first_layer: Callable[[LayerProfile, LayerPlan], None] = lambda profile, plan: None,
+    seed: int = 0,
+) -> Result:
+    """Write a smaller checkpoint to `out`.
+
+    Parameters
+    ----------
+    streamed : StreamedModel
+        The source, freshly opened. It is used up.
+    method, name : the method and its registered name.
+    budget : how much may stay; not with `plan`.
+    data : calibration samples; needed unless the method looks at no data, or a profile or plan is given.
+    propagate : later layers see what the changed earlier layers put out.
+    memory : bytes of waiting hidden states kept in memory; the rest is spilled next to `out`.
+    on_first_layer : called once the first MoE layer is planned (the forecast's moment).
+
+    Raises UsageError, ModelError, CheckpointError, OutputError. Peak memory: one layer, the hidden states up to
+    `memory`, and what the method states.
+    """
+    run = _Run(streamed, model, method, name, budget, data, profile, plan, propagate, shard_bytes, seed)
+    with Workspace(out, run.job(), overwrite=overwrite) as work:
+        return run.go(work, memory, progress or Progress(), on_first_layer)
+
+
+def run_forecast(
+    out: Path, *, measure_first: bool = False, progress: Progress | None = None, memory: int = 2 * 2**30, **request: Any
+) -> Forecast:
+    """What `compress` with the same arguments will need; checks the request as `compress` does, writes nothing.
+
+    With `measure_first` and calibration data, runs up to the first MoE layer for seconds and a redundancy estimate.
+    """
+    run = _Run(shard_bytes=DEFAULT_SHARD_BYTES, **request)
+    counts = {p.index: len(p.keep) for p in run.given.layers} if run.given else getattr(run, "counts", None)
+    budget = run.budget
+    share = sum(counts.values()) / (run.before.experts * len(counts)) if counts else (budget.keep if budget else 1) or 1
+    sweeps = 1 if run.one_sweep or run.given or run.profile else 2
+    ahead = forecast(run.streamed, run.before, share, out, run.data if run.needs_data else None, memory, sweeps)
+    if not measure_first or not run.needs_data or run.data is None or not run.one_sweep:
+        return ahead
+    began = 0.0
+    steps = sweep(run.streamed, run.data.batches, states=States(limit=memory), progress=progress)
+    for step in steps:
+        began = began or time.monotonic()
+        if step.index in run.streamed.moe:
+            layer = run._observe(step)
+            seconds = (time.monotonic() - began) / (step.index + 1) * len(run.streamed.layers) * sweeps
+            plans = {step.index: run._plan_layer(layer)}
+            steps.close()
+            return replace(ahead, seconds=seconds, redundancy=redundancy({step.index: layer}, plans))
+    return ahead
+
+
+class _Run:
+    """One compression, from checked request to published folder."""
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        model: str,
+        method: Method,
+        name: str,
+        budget: Budget | None,
+        data: TokenData | None,
+        profile: Profile | None,
+        plan: Plan | None,
+        propagate: bool,
+        shard_bytes: int,
+        seed: int,
+    ) -> None:
+        if plan is None and budget is None:
+            raise UsageError("say how much may stay", "For example --keep 0.5.")
+        self.streamed, self.model, self.method, self.name = streamed, model, method, name
+        self.budget, self.data, self.profile, self.given = budget, data, profile, plan
+        self.propagate, self.shard_bytes, self.seed = propagate, shard_bytes, seed
+        self.digest = streamed.checkpoint.digest()
+        self.needs_data = bool(method.observes()) and profile is None and plan is None
+        if self.needs_data and data is None:
+            raise UsageError(
+                f"{name} judges experts by what they do on text, and no text was given",
+                "Name some with --data, or a finished profile with --profile.",
+            )
+        self.one_sweep = plan is None and profile is None and budget is not None and budget.scope == "uniform"
+        if propagate and not (self.needs_data and self.one_sweep):
+            raise UsageError("--propagate works while profiling: with --data and a uniform budget only")
+        self.before = measure(streamed)
+        if plan is not None:
+            _check_plan(plan, streamed, self.digest)
+        if budget is not None:
+            check_protect(budget, streamed.moe)
+        if profile is not None:
+            check_profile(profile, streamed, self.digest)
+            profile.require(method.observes())
+        if budget is not None and budget.scope == "uniform":
+            self.counts = counts_for(budget, streamed.moe, self.before.bytes_of_expert, self.before.other_bytes)
+
+    def job(self) -> dict[str, Any]:
+        """Everything the written bytes depend on."""
+        return {
+            "checkpoint": self.digest,
+            "method": self.name,
+            "parameters": self.method.model_dump(mode="json"),
+            "budget": self.budget.describe() if self.budget else None,
+            "data": self.data.digest if self.data and self.needs_data else None,
+            "batches": [list(b.ids_BL.shape) for b in self.data.batches] if self.data and self.needs_data else None,
+            "profile": [self.profile.data_digest, self.profile.settings] if self.profile else None,
+            "plan": self.given.digest() if self.given else None,
+            "propagate": self.propagate,
+            "compute": [str(self.streamed.compute_dtype), torch.device(self.streamed.device).type],
+            "experts": self.streamed.experts,
+            "threads": torch.get_num_threads(),
+            "shard_bytes": self.shard_bytes,
+            "versions": versions(),
+        }
+
+    def go(
+        self,
+        work: Workspace,
+        memory: int,
+        progress: Progress,
+        on_first_layer: Callable[[LayerProfile, LayerPlan], None],
+    ) -> Result:
+        self.work, self.on_first_layer = work, on_first_layer
+        self.figures: dict[int, dict[str, float]] = {}
+        self.layers: dict[int, LayerProfile] = dict(self.profile.layers) if self.profile else {}
+        states = States(work.folder / "states", memory, durable=True)
+        sweeps = 1
+        if not self.one_sweep and self.given is None and self.profile is None:
+            sweeps = 2
+            profile_path = work.folder / "profile"
+            if not (profile_path / "profile.json").exists():
+                self._profile_all(profile_path, progress, memory)
+            self.layers = Profile.load(profile_path).layers
+        plans = self._plans_before()
+        counts = {i: len(p.keep) for i, p in plans.items()} if plans else self.counts
+        for layer_plan in plans.values():
+            if reason := self.method.plain_checkpoint(layer_plan):
+                raise UsageError(f"{self.name}: {reason}")
+        self.output = Output(self.streamed, work.folder, counts, self.method, self.shard_bytes)
+        try:
+            if plans:
+                self._apply(plans, progress)
+            else:
+                plans = self._profile_plan_apply(states, progress)
+            self.output.copy_rest(self.output.through)
+            self.output.writer.sync()
+            plan = self._plan(plans)
+            after = measure_after(self.before, self.output)
+            record = self._record(plan, after, sweeps)
+            names = self.output.finish(plan, record)
+        finally:
+            self.output.writer.close()
+        work.publish(names)
+        return Result(
+            work.out,
+            plan,
+            self.before,
+            after,
+            sweeps,
+            self.streamed.checkpoint.bytes_read,
+            self.output.writer.bytes_written,
+            work.resumed,
+            record,
+            self.figures,
+            self.layers,
+            list(self.output.notes),
+        )
+
+    # -- the three ways -------------------------------------------------------------------------------------------
+
+    def _profile_all(self, folder: Path, progress: Progress, memory: int) -> None:
+        assert self.data is not None
+        profile_model(
+            self.streamed,
+            self.data,
+            unique([*self.method.observes(), *FORECAST]),
+            model=self.model,
+            states=States(self.work.folder / "profile-states", memory),
+            progress=progress,
+            digest=self.digest,
+        ).save(folder)
+
+    def _plans_before(self) -> dict[int, LayerPlan]:
+        """All layer plans, where they do not depend on running the model layer by layer."""
+        if self.given is not None:
+            return {p.index: p for p in self.given.layers}
+        if self.one_sweep and self.needs_data:
+            return {}
+        assert self.budget is not None
+        return plan_layers(self.streamed, self.method, self.budget, self.layers, getattr(self, "counts", None))
+
+    def _apply(self, plans: Mapping[int, LayerPlan], progress: Progress) -> None:
+        """One sweep over the weights alone."""
+        done = {step["layer"] for step in self.work.journal()}
+        progress.start("layers", len(self.streamed.layers), 0)
+        for index in range(len(self.streamed.layers)):
+            if index in plans and index not in done:
+                if self.output.touched[index]:
+                    self.streamed.load_moe(index)
+                    self.figures[index] = self.output.edit(plans[index], in_memory=False)
+                self.output.copy_rest(self.streamed.layer_keys[index])
+                self.streamed.free_layer(index)
+                self._journal(plans[index])
+            elif index in done:
+                self.output.mark_written(index)
+            progress.layer(index)
+        progress.done()
+
+    def _profile_plan_apply(self, states: States, progress: Progress) -> dict[int, LayerPlan]:
+        """One sweep: each layer is profiled, planned, edited and written while it is in memory."""
+        assert self.data is not None
+        plans: dict[int, LayerPlan] = {}
+        kept = states.kept()
+        first = 0 if kept is None else kept + 1
+        for line in self.work.journal():
+            if line["layer"] < first:
+                plans[line["layer"]] = LayerPlan.model_validate(line["plan"])
+                self.figures[line["layer"]] = line["figures"]
+        for index in range(first):
+            self.output.mark_written(index)
+        forecast_due = True
+        for step in sweep(self.streamed, self.data.batches, states=states, first=first, progress=progress):
+            if step.index not in self.streamed.moe:
+                step.run()
+                continue
+            layer = self._observe(step)
+            self.layers[step.index] = layer
+            plans[step.index] = self._plan_layer(layer)
+            if forecast_due:
+                self.on_first_layer(layer, plans[step.index])
+                forecast_due = False
+            self.figures[step.index] = self.output.edit(plans[step.index], in_memory=self.propagate)
+            self._journal(plans[step.index])
+            if self.propagate:
+                step.run()
+        return plans
+
+    def _observe(self, step: Step) -> LayerProfile:
+        assert self.data is not None
+        observers = unique([*self.method.observes(), *FORECAST])
+        with LayerObservation(self.streamed.moe[step.index], observers, len(self.data.domains)) as watch:
+            step.run(last=not self.propagate, before=lambda number, batch: watch.batch(batch))
+        return watch.result()
+
+    def _plan_layer(self, layer: LayerProfile) -> LayerPlan:
+        assert self.budget is not None
+        moe = self.streamed.moe[layer.index]
+        scores_E = self.method.score(layer)
+        keep = select_layer(scores_E, self.counts[layer.index], moe, self.budget)
+        return _layer_plan(self.method, layer, keep, scores_E)
+
+    def _journal(self, plan: LayerPlan) -> None:
+        self.output.writer.sync()
+        figures = self.figures.get(plan.index, {})
+        self.work.record({"layer": plan.index, "plan": plan.model_dump(mode="json"), "figures": figures})
+
+    # -- records --------------------------------------------------------------------------------------------------
+
+    def _plan(self, plans: Mapping[int, LayerPlan]) -> Plan:
+        return self.given or Plan(
+            model=self.model,
+            model_digest=self.digest,
+            method=self.name,
+            parameters=self.method.model_dump(mode="json"),
+            budget=self.budget.describe() if self.budget else {},
+            data_digest=self._data_digest(),
+            layers=[plans[index] for index in sorted(plans)],
+        )
+
+    def _data_digest(self) -> str:
+        if self.profile is not None:
+            return self.profile.data_digest
+        return self.data.digest if self.data is not None and self.needs_data else ""
+
+    def _record(self, plan: Plan, after: Size, sweeps: int) -> dict[str, Any]:
+        data = self.data if self.needs_data else None
+        recipe = {
+            "model": self.model,
+            "method": self.name,
+            "parameters": self.method.model_dump(mode="json"),
+            "budget": plan.budget,
+            "propagate": self.propagate,
+            "data": data.sources if data else [],
+            "samples": data.samples if data else 0,
+            "length": data.length if data else 0,
+            "seed": self.seed,
+        }
+        domains = data.domains if data else (self.profile.domains if self.profile else [])
+        return {
+            "recipe": recipe,
+            "plan_digest": plan.digest(),
+            "model_digest": self.digest,
+            "data_digest": plan.data_digest,
+            "domains": domains,
+            "tokens": data.tokens if data else {},
+            "compute_dtype": str(self.streamed.compute_dtype).removeprefix("torch."),
+            "sweeps": sweeps,
+            "before": self.before.describe(),
+            "after": after.describe(),
+            "figures": {str(index): values for index, values in sorted(self.figures.items()) if values},
+            "notes": self.output.notes,
+            "versions": versions(),
+        }
+
+
+def plan_layers(
+    streamed: StreamedModel,
+    method: Method,
+    budget: Budget,
+    layers: Mapping[int, LayerProfile],
+    counts: Mapping[int, int] | None = None,
+) -> dict[int, LayerPlan]:
+    """A pure function of profile, budget and parameters: the plan of every MoE layer.
+
+    A method that looks at no data is given empty profiles.
+    """
+    empty = {
+        i: LayerProfile(i, moe.name, moe.num_experts, moe.top_k, 0, moe.groups) for i, moe in streamed.moe.items()
+    }
+    profiles = {i: layers.get(i, empty[i]) for i in streamed.moe}
+    scores = {i: method.score(layer) for i, layer in profiles.items()}
+    if budget.scope == "global":
+        keeps = select_global(scores, streamed.moe, budget)
+    else:
+        if counts is None:
+            size = measure(streamed)
+            counts = counts_for(budget, streamed.moe, size.bytes_of_expert, size.other_bytes)
+        keeps = {i: select_layer(scores[i], counts[i], moe, budget) for i, moe in streamed.moe.items()}
+    return {i: _layer_plan(method, profiles[i], keeps[i], scores[i]) for i in streamed.moe}
+
+
+def make_plan(streamed: StreamedModel, model: str, name: str, method: Method, budget: Budget, profile: Profile) -> Plan:
+    """The plan of one method on a finished profile. Raises UsageError if the profile is of another model or lacks
+    what the method reads."""
+    digest = streamed.checkpoint.digest()
+    check_profile(profile, streamed, digest)
+    check_protect(budget, streamed.moe)
+    profile.require(method.observes())
+    layers = plan_layers(streamed, method, budget, profile.layers)
+    return Plan(
+        model=model,
+        model_digest=digest,
+        method=name,
+        parameters=method.model_dump(mode="json"),
+        budget=budget.describe(),
+        data_digest=profile.data_digest,
+        layers=[layers[index] for index in sorted(layers)],
+    )
+
+
+def plan_method(plan: Plan) -> Method:
+    """The method a plan was made with."""
+    return get_method(plan.method, plan.parameters)
+
+
+def check_profile(profile: Profile, streamed: StreamedModel, digest: str) -> None:
+    if profile.model_digest != digest or set(profile.layers) != set(streamed.moe):
+        raise UsageError(
+            f"the profile was made of another model ({profile.model})", "Profile this checkpoint: `coterie profile`."
+        )
+
+
+def _check_plan(plan: Plan, streamed: StreamedModel, digest: str) -> None:
+    if plan.model_digest != digest:
+        raise UsageError(f"the plan was made for another model ({plan.model})", "Plan this checkpoint: `coterie plan`.")
+    if {layer.index for layer in plan.layers} != set(streamed.moe):
+        raise UsageError("the plan does not name every MoE layer of the model exactly once")
+    for layer in plan.layers:
+        check_keep(streamed.moe[layer.index], layer.keep)
+
+
+def _layer_plan(method: Method, layer: LayerProfile, keep: list[int], scores_E: torch.Tensor) -> LayerPlan:
+    scores = [round(float(s), 9) for s in scores_E]
+    plan = LayerPlan(index=layer.index, name=layer.name, experts=layer.experts, keep=keep, scores=scores)
+    method.prepare(layer, plan)
+    return plan
+
+
+def measure_after(before: Size, output: Output) -> Size:
+    """Size of what is being written."""
+    moe = len(output.streamed.moe)
+    removed = (output.experts_before - output.experts_after) * moe
+    router = output.router_parameters_per_expert() * removed
+    return Size(
+        bytes=output.writer.total_size,
+        parameters=before.parameters - removed * before.parameters_of_expert - router,
+        active_parameters=before.active_parameters - router,
+        experts=output.experts_after,
+        bytes_of_expert=before.bytes_of_expert,
+        parameters_of_expert=before.parameters_of_expert,
+        other_bytes=before.other_bytes,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the result."""
+    return {name: importlib.metadata.version(name) for name in ("coterie", "torch", "transformers", "safetensors")}

@@ -1,0 +1,128 @@
+"""What a compression method is, and the register of all of them.
+
+A method is a class of typed, bounded, documented parameters with a few functions; one decorator line gives it a name,
+a kind and its paper. The command line's help, `coterie methods` and the documentation are made from that.
+
+    @method("frequency", kind="pruning", paper="folklore")
+    class Frequency(Method):
+        def observes(self): return (SelectionCount,)
+        def score(self, layer): return layer.count_E.float()
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from coterie.anatomy import ExpertBank
+from coterie.compression.plan import LayerPlan
+from coterie.errors import UsageError
+from coterie.profiling.observers import Observer
+from coterie.profiling.profile import LayerProfile
+
+
+class Method(BaseModel):
+    """Base of all methods. Subclasses declare parameters as annotated pydantic fields with a description."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def observes(self) -> tuple[type[Observer], ...]:
+        """The statistics `score` and `prepare` read; only these are computed."""
+        return ()
+
+    def score(self, layer: LayerProfile) -> Tensor:
+        """Saliency of each routed expert. Shape [E]; larger is more worth keeping."""
+        raise TypeError(f"{type(self).__name__} gives no score")
+
+    def prepare(self, layer: LayerProfile, plan: LayerPlan) -> None:
+        """Put into `plan.extra` what `rebuild` needs beyond the kept experts."""
+
+    def rebuild(self, experts: ExpertBank, plan: LayerPlan) -> dict[str, float]:
+        """Edit the kept experts in place, before the others are removed. Returns figures for the record."""
+        return {}
+
+    @property
+    def rebuilds(self) -> bool:
+        """Does `rebuild` change weights?"""
+        return type(self).rebuild is not Method.rebuild
+
+    def plain_checkpoint(self, plan: LayerPlan) -> str | None:
+        """Why a plain checkpoint cannot hold this method's result for this layer, or None if it can."""
+        return None
+
+
+@dataclass(frozen=True)
+class Registered:
+    """One method of the register."""
+
+    name: str
+    kind: str
+    paper: str
+    cls: type[Method]
+
+    @property
+    def summary(self) -> str:
+        return (self.cls.__doc__ or "").strip().splitlines()[0]
+
+    def parameters(self) -> list[dict[str, Any]]:
+        """Name, type, bounds, default and description of every parameter."""
+        properties = self.cls.model_json_schema().get("properties", {})
+        return [{"name": name, **{k: v for k, v in p.items() if k != "title"}} for name, p in properties.items()]
+
+
+_register: dict[str, Registered] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def method(name: str, *, kind: str, paper: str) -> Callable[[M], M]:
+    """Register a method class under `name`."""
+
+    def decorate(cls: M) -> M:
+        if name in _register and _register[name].cls.__qualname__ != cls.__qualname__:
+            raise ValueError(f"two methods are called {name!r}")
+        _register[name] = Registered(name, kind, paper, cls)
+        return cls
+
+    return decorate
+
+
+def methods() -> dict[str, Registered]:
+    """All methods by name; importing a file in a method folder is enough to be listed."""
+    for family in ("pruning", "merging"):
+        package = importlib.import_module(f"coterie.compression.{family}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+    return dict(sorted(_register.items()))
+
+
+def get_method(name: str, parameters: dict[str, Any] | None = None) -> Method:
+    """The method `name` with `parameters`. Raises UsageError naming the closest valid method, parameter or range."""
+    known = methods()
+    if name not in known:
+        raise UsageError(f"no method {name!r}", _closest(name, list(known)))
+    cls = known[name].cls
+    unknown = [p for p in parameters or {} if p not in cls.model_fields]
+    if unknown:
+        raise UsageError(f"{name} has no parameter {unknown[0]!r}", _closest(unknown[0], list(cls.model_fields)))
+    try:
+        return cls(**(parameters or {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "parameters"
+        raise UsageError(
+            f"{name}: {where} = {first['input']!r}: {first['msg']}", f"See `coterie methods {name}` for its parameters."
+        ) from error
+
+
+def _closest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    if near:
+        return f"Did you mean {near[0]!r}? All: {', '.join(known)}."
+    return f"There is: {', '.join(known)}." if known else "It takes no parameters."

@@ -1,0 +1,59 @@
+"""A recipe: a compression as a short YAML file that people can share.
+
+    model: Qwen/Qwen3-30B-A3B
+    data: [calibration.jsonl]
+    samples: 128
+    length: 512
+    steps:
+      - method: dern
+        parameters: {selector: reap}
+        budget: {keep: 0.5}
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from coterie.errors import UsageError
+
+
+class RecipeStep(BaseModel):
+    """One method with its parameters and budget (keep, keep_experts, target_size, scope, layers, protect, ...)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    budget: dict[str, Any] = Field(default_factory=dict)
+    propagate: bool = False
+
+
+class Recipe(BaseModel):
+    """A chain of steps on one calibration set. One step for now; more than one is refused when it is read."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    data: list[str] = Field(default_factory=list)
+    samples: int = Field(128, ge=1)
+    length: int = Field(512, ge=2)
+    seed: int = 0
+    steps: list[RecipeStep] = Field(min_length=1, max_length=1)
+
+    @classmethod
+    def load(cls, file: Path) -> Recipe:
+        """Read a recipe. Raises UsageError saying which entry is wrong."""
+        try:
+            return cls.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise UsageError(f"cannot read the recipe {file}: {error.strerror}") from error
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(f"{file} is not YAML: {error}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "recipe"
+            raise UsageError(f"{file}: {where}: {first['msg']}") from error

@@ -1,0 +1,56 @@
+"""How large a model is: bytes on disk, parameters, parameters a token really uses."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from coterie.anatomy import slice_names
+from coterie.streaming.model import StreamedModel
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a checkpoint.
+
+    bytes : of all tensors. parameters : numbers in them. active_parameters : those one token is multiplied with
+    (embeddings and head included once, as model cards count). experts : routed experts per layer.
+    bytes_of_expert, parameters_of_expert : of one routed expert. other_bytes : everything but routed experts and
+    their router rows.
+    """
+
+    bytes: int
+    parameters: int
+    active_parameters: int
+    experts: int
+    bytes_of_expert: int
+    parameters_of_expert: int
+    other_bytes: int
+
+    def describe(self) -> dict[str, int]:
+        return {k: v for k, v in asdict(self).items() if k in ("bytes", "parameters", "active_parameters", "experts")}
+
+
+def measure(streamed: StreamedModel) -> Size:
+    """Size of a checkpoint, from its headers alone."""
+    tensors = streamed.checkpoint.tensors
+    first = next(iter(streamed.moe.values()))
+    per_expert_bytes = per_expert_parameters = 0
+    for name in slice_names(first):
+        infos = [tensors[key] for key in streamed.keys_of([name])]
+        per_expert_bytes += sum(info.nbytes for info in infos) // first.num_experts
+        if name.startswith(f"{first.experts_name}."):
+            per_expert_parameters += sum(info.numel for info in infos) // first.num_experts
+    total = sum(info.numel for key, info in tensors.items() if streamed.params[key] is not None)
+    experts = sum(layer.num_experts for layer in streamed.moe.values())
+    active = total - sum(
+        (layer.num_experts - layer.top_k) * per_expert_parameters for layer in streamed.moe.values()
+    )
+    return Size(
+        bytes=streamed.checkpoint.nbytes,
+        parameters=total,
+        active_parameters=active,
+        experts=first.num_experts,
+        bytes_of_expert=per_expert_bytes,
+        parameters_of_expert=per_expert_parameters,
+        other_bytes=streamed.checkpoint.nbytes - experts * per_expert_bytes,
+    )

@@ -1,0 +1,1 @@
+"""What did it cost? Checkpoints compared on text, streamed."""
