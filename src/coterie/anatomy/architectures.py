@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Config fields that hold the number of routed experts, under all the names families use.
 COUNT_FIELDS = (
@@ -28,17 +29,20 @@ class Quirks:
     """What the contract cannot say about one model type.
 
     unsliceable : why experts cannot be removed, or "".
-    count_is_list : the config may hold one count per layer.
+    example : config fields without which a default config builds no MoE model; used only to examine the family.
     """
 
     unsliceable: str = ""
-    count_is_list: bool = False
+    example: tuple[tuple[str, Any], ...] = ()
 
 
 QUIRKS: dict[str, Quirks] = {
     "deepseek_v4": Quirks(unsliceable="its first layers choose experts from a stored table of token ids, not by score"),
     "zaya": Quirks(unsliceable="its router carries a hidden state from layer to layer and one of its outputs skips"),
-    "hunyuan_v1_moe": Quirks(count_is_list=True),
+    "hunyuan_v1_moe": Quirks(example=(("num_experts", 16), ("moe_topk", 2), ("head_dim", 128))),
+    "deepseek_v2": Quirks(example=(("num_experts_per_tok", 6),)),
+    "lfm2_moe": Quirks(example=(("layer_types", ["conv", "full_attention"]), ("num_hidden_layers", 2), ("num_dense_layers", 1))),
+    "gemma4": Quirks(example=(("enable_moe_block", True), ("num_experts", 16), ("top_k_experts", 4), ("moe_intermediate_size", 64))),
 }
 
 
@@ -107,7 +111,13 @@ def examine(model_type: str, model_class: str) -> Architecture:
 
     cls = getattr(transformers, model_class)
     try:
-        config = transformers.CONFIG_MAPPING[model_type]()
+        example = dict(quirks_of(model_type).example)
+        config_class = transformers.CONFIG_MAPPING[model_type]
+        composite = bool(config_class.sub_configs)
+        config = config_class(**({} if composite else example))
+        if composite:
+            for name, value in example.items():
+                setattr(config.get_text_config(decoder=True), name, value)
         with torch.device("meta"):
             model = cls(config)
         layers = moe_layers(model)

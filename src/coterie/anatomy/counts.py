@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from coterie.anatomy.architectures import COUNT_FIELDS, quirks_of
+from coterie.anatomy.architectures import COUNT_FIELDS
 from coterie.errors import ModelError
 
 
@@ -37,21 +37,16 @@ def with_expert_count(raw: dict[str, Any], config: Any, before: int, after: int)
         raise ModelError(f"cannot find where the config of {text.model_type} keeps its number of experts ({before})")
     result = copy.deepcopy(raw)
     section = _section(result, config, text)
-    for name in names:
-        # a list of counts, one per layer, stays a list
-        section[name] = [after] * len(section[name]) if isinstance(section.get(name), list) else after
-    if type(config).__name__ != "PreTrainedConfig":
-        again = type(config).from_dict(copy.deepcopy(result)).get_text_config(decoder=True)
-        wrong = {name: _value(again, name) for name in names if _value(again, name) != after}
-        if wrong:
-            raise ModelError(f"config of {text.model_type} does not take a new expert count: {wrong} after {after}")
+    section |= dict.fromkeys(names, after)
+    again = type(config).from_dict(copy.deepcopy(result)).get_text_config(decoder=True)
+    wrong = {name: _value(again, name) for name in names if _value(again, name) != after}
+    if wrong:
+        raise ModelError(f"config of {text.model_type} does not take a new expert count: {wrong} after {after}")
     return result
 
 
 def _value(text: Any, name: str) -> int | None:
     value = getattr(text, name, None)
-    if isinstance(value, list) and value and quirks_of(text.model_type).count_is_list and len(set(value)) == 1:
-        return int(value[0])
     return value if isinstance(value, int) else None
 
 

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-console = Console(soft_wrap=False)
+console = Console(width=None if sys.stdout.isatty() else 160)  # files and pipes have no width of their own
 notes = Console(stderr=True)
 
 

@@ -47,21 +47,23 @@ def evaluate(
 
 
 def show(results: list[Any], names: list[str] | None = None) -> None:
-    """Tables of an evaluation: loss per domain with the change against the first model, then KL and agreement."""
+    """Tables of an evaluation, one row per domain: loss with the change against the first model and its 95% interval,
+    then KL and agreement."""
     names = names or [r.model for r in results]
-    domains = [d.domain for d in results[0].domains]
     rows = []
-    for name, result in zip(names, results, strict=True):
-        cells = [f"{d.loss:.3f}" if d.kl is None else f"{d.loss:.3f} ({d.delta:+.3f})" for d in result.domains]
-        rows.append([name, *cells, f"{result.mean_loss:.3f}"])
-    table("loss, nats per token (change against the first)", ["model", *domains, "mean"], rows)
+    for number, domain in enumerate(results[0].domains):
+        cells = [f"{domain.loss:.3f}"]
+        for result in results[1:]:
+            d = result.domains[number]
+            cells.append(f"{d.loss:.3f}  {d.delta:+.3f} ({d.delta_low:+.2f} {d.delta_high:+.2f})")
+        rows.append([domain.domain, *cells])
+    first = results[0].mean_loss
+    rows.append(["mean", f"{first:.3f}", *(f"{r.mean_loss:.3f}  {r.mean_loss - first:+.3f}" for r in results[1:])])
+    table("loss, nats per token: change against the first (95% interval)", ["domain", *names], rows)
     if len(results) > 1:
         rows = []
-        for name, result in zip(names[1:], results[1:], strict=True):
-            cells = [f"{d.kl:.3f}, {d.agreement:.0%}" for d in result.domains]
-            rows.append([name, *cells, f"{result.mean_kl:.3f}, {result.mean_agreement:.0%}"])
-        table("\nKL to the first in nats, same top token", ["model", *domains, "mean"], rows)
-        rows = []
-        for name, result in zip(names[1:], results[1:], strict=True):
-            rows.append([name, *(f"{d.delta_low:+.3f} {d.delta_high:+.3f}" for d in result.domains)])
-        table("\n95% interval of the change (paired, over sequences)", ["model", *domains], rows)
+        for number, domain in enumerate(results[0].domains):
+            found = [result.domains[number] for result in results[1:]]
+            rows.append([domain.domain, *(f"{d.kl:.3f}, {d.agreement:.0%}" for d in found)])
+        rows.append(["mean", *(f"{r.mean_kl:.3f}, {r.mean_agreement:.0%}" for r in results[1:])])
+        table("\nKL to the first in nats, same most likely token", ["domain", *names[1:]], rows)

@@ -8,6 +8,7 @@ rule of thumb made of three figures of a profile; it warns, it does not decide.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -109,26 +110,28 @@ def _embedding_keys(streamed: StreamedModel) -> list[str]:
 def redundancy(layers: Mapping[int, LayerProfile], plans: Mapping[int, LayerPlan]) -> dict[str, Any]:
     """How concentrated load and saliency are, how alike experts are, and a warning where the plan looks harmful.
 
-    load_concentration : share of routed slots that the busiest half of the experts takes (0.5 = perfectly even).
+    load_concentration, saliency_concentration : 0 = the same for every expert, 1 = all on one (1 - entropy / log E).
     dropped_load, dropped_saliency : share held by the experts the plan drops.
     mean_best_match : cosine of each dropped expert's mean output with the most similar kept expert's, averaged.
     """
-    loads, dropped_loads, dropped_scores, matches = [], [], [], []
+    loads, saliencies, dropped_loads, dropped_scores, matches = [], [], [], [], []
     for index, plan in plans.items():
         layer = layers.get(index)
         drop = [e for e in range(plan.experts) if e not in set(plan.keep)]
         if layer is not None and "count_E" in layer.stats:
             share_E = layer.count_E.double() / layer.count_E.sum().clamp(min=1)
-            loads.append(float(share_E.sort(descending=True).values[: (plan.experts + 1) // 2].sum()))
+            loads.append(_concentration(share_E))
             dropped_loads.append(float(share_E[drop].sum()))
         score_E = torch.tensor(plan.scores, dtype=torch.float64)
         if len(score_E) and score_E.min() >= 0 and score_E.sum() > 0:
+            saliencies.append(_concentration(score_E / score_E.sum()))
             dropped_scores.append(float(score_E[drop].sum() / score_E.sum()))
         if layer is not None and "output_sum_EH" in layer.stats and drop:
             unit_EH = torch.nn.functional.normalize(layer.output_sum_EH, dim=1)
             matches.append(float((unit_EH[drop] @ unit_EH[plan.keep].T).amax(1).mean()))
     figures: dict[str, Any] = {
         "load_concentration": _mean(loads),
+        "saliency_concentration": _mean(saliencies),
         "dropped_load": _mean(dropped_loads),
         "dropped_saliency": _mean(dropped_scores),
         "mean_best_match": _mean(matches),
@@ -142,6 +145,10 @@ def redundancy(layers: Mapping[int, LayerProfile], plans: Mapping[int, LayerPlan
             " Evaluate before you rely on the result, or keep more."
         )
     return figures
+
+
+def _concentration(share_E: torch.Tensor) -> float:
+    return 1 - float(torch.special.entr(share_E).sum()) / math.log(len(share_E)) if len(share_E) > 1 else 0.0
 
 
 def _mean(values: list[float]) -> float | None:

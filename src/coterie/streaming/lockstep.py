@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -100,23 +101,29 @@ class States:
         with file.open("rb") as stream:
             stream.readinto(_bytes_of(storage))
 
-    def keep(self, layer: int, outputs: dict[int, Tensor]) -> bool:
-        """Store the outputs of `layer` for a restart; the previous layer's are dropped. All or nothing."""
-        if not self.durable or self.folder is None:
-            return False
-        target, building = self.folder / f"after-{layer:04d}", self.folder / "building"
-        shutil.rmtree(building, ignore_errors=True)
+    def keep(self, batch: int, output: Tensor) -> None:
+        """Store one batch's output of the present layer for a restart; it counts once `commit` was called."""
+        assert self.folder is not None
+        building = self.folder / "building"
         try:
-            building.mkdir(parents=True)
-            for batch, tensor in outputs.items():
-                save_file({"hidden": tensor.detach().cpu().contiguous()}, building / f"{batch:06d}.safetensors")
-            building.rename(target)
-        except OSError as error:
-            raise OutputError(f"cannot keep hidden states in {self.folder}: {error.strerror}") from error
+            building.mkdir(parents=True, exist_ok=True)
+            save_file({"hidden": output.detach().cpu().contiguous()}, building / f"{batch:06d}.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"cannot keep hidden states in {self.folder}: {error}") from error
+
+    def commit(self, layer: int) -> None:
+        """All outputs of `layer` are stored: from now on a restart goes on after it. The previous layer's are dropped."""
+        assert self.folder is not None
+        target = self.folder / f"after-{layer:04d}"
+        (self.folder / "building").rename(target)
         for old in self.folder.glob("after-*"):
             if old != target:
                 shutil.rmtree(old)
-        return True
+
+    def discard(self) -> None:
+        """Forget outputs that were not committed."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder / "building", ignore_errors=True)
 
     def kept(self) -> int | None:
         """The last layer whose outputs are stored whole, or None."""
@@ -197,8 +204,7 @@ def sweep(
     """
     states, progress = states or States(), progress or Progress()
     walkers: list[greenlet] = []
-    outputs: dict[int, Tensor] = {}
-    keepable = states.durable
+    keepable = states.durable and states.folder is not None
     layers, hub = streamed.layers, getcurrent()
     originals = [layer.forward for layer in layers]
 
@@ -220,10 +226,9 @@ def sweep(
             output = forward(*args, **kwargs)
             if keepable:
                 if isinstance(output, Tensor):
-                    outputs[number] = output
+                    states.keep(number, output)
                 else:  # layers that hand on more than hidden states are run again after a crash
                     keepable = False
-                    outputs.clear()
             if index == len(layers) - 1 and finish is None:
                 raise GreenletExit
             return output
@@ -246,6 +251,7 @@ def sweep(
         progress.tokens(batches[number].tokens)
 
     progress.start("layers", len(layers), first)
+    states.discard()
     try:
         for index, layer in enumerate(layers):
             layer.forward = door(index, originals[index])
@@ -263,9 +269,8 @@ def sweep(
             yield step
             if not step.finished:
                 step.run()
-            if keepable and len(outputs) == len(batches):
-                states.keep(index, outputs)
-            outputs.clear()
+            if keepable:
+                states.commit(index)
             streamed.free_layer(index)
             progress.layer(index)
     finally:
