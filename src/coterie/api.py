@@ -12,7 +12,7 @@ import torch
 from coterie.compression.compress import Result, make_plan, plan_method, run_forecast
 from coterie.compression.compress import compress as run_compress
 from coterie.compression.forecast import Forecast
-from coterie.compression.methods import get_method
+from coterie.compression.methods import closest, get_method
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.recipe import Recipe
 from coterie.compression.selector import Budget, parse_layers, parse_protect
@@ -25,8 +25,8 @@ from coterie.profiling.run import profile_model
 from coterie.streaming.checkpoint import Checkpoint, resolve
 from coterie.streaming.lockstep import Progress, States
 from coterie.streaming.model import StreamedModel
-from coterie.streaming.writer import DEFAULT_SHARD_BYTES, parse_size
-from coterie.text import TokenData, load_data, load_tokenizer, load_tokens
+from coterie.streaming.writer import DEFAULT_SHARD_BYTES, check_place, parse_size
+from coterie.text import TokenData, check_ids, load_data, load_tokenizer, load_tokens
 
 SAMPLES, LENGTH = 128, 512
 
@@ -49,8 +49,7 @@ class Runtime:
 
     def open(self, model: str) -> StreamedModel:
         """Open a checkpoint; every tensor's place and shape is checked, no weight is read."""
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise UsageError(f"--device {self.device}: this PyTorch sees no CUDA device", "Use --device cpu.")
+        _check_device(self.device)
         if self.threads:
             torch.set_num_threads(self.threads)
         torch.set_flush_denormal(True)  # denormals slow CPU matrix products several times and carry nothing
@@ -65,6 +64,21 @@ class Runtime:
             allow_nonfinite=self.allow_nonfinite,
             trust_remote_code=self.trust_remote_code,
         )
+
+
+def _check_device(name: str) -> None:
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (number.isdecimal() or name == kind):
+        raise UsageError(f"--device {name}: no such device", "Use cpu, cuda or cuda:1.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: this PyTorch sees no CUDA device", "Use --device cpu.")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        there = torch.cuda.device_count()
+        raise UsageError(f"--device {name}: this machine has {there} CUDA device(s)", "They are counted from 0.")
+
+
+def _vocabulary(streamed: StreamedModel) -> int:
+    return int(streamed.model.get_input_embeddings().weight.shape[0])
 
 
 def calibration(
@@ -82,6 +96,8 @@ def calibration(
 ) -> TokenData | None:
     """Samples from text files, folders, dataset names (`data`) or a file of token ids (`tokens`); None if neither."""
     runtime = runtime or Runtime()
+    if tokens is not None and data:
+        raise UsageError("--data and --tokens both say what to run on", "Give one of them.")
     if tokens is not None:
         return load_tokens(Path(tokens), batch_size)
     if not data:
@@ -124,12 +140,12 @@ def profile(
     wanted: list[type[Observer]] = []
     for name in observers:
         if isinstance(name, str) and name not in OBSERVERS:
-            raise UsageError(f"no statistic {name!r}", f"There is: {', '.join(OBSERVERS)}.")
+            raise UsageError(f"no statistic {name!r}", closest(name, list(OBSERVERS)))
         wanted.append(OBSERVERS[name] if isinstance(name, str) else name)
     for method in methods:
         wanted += get_method(method).observes()
-    if out is not None and Path(out).exists() and any(Path(out).iterdir()) and not overwrite:
-        raise UsageError(f"{out} exists and is not empty", "Choose another name, or pass --overwrite.")
+    if out is not None:
+        check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
     samples_in = calibration(
         model,
         data,
@@ -145,8 +161,9 @@ def profile(
     if samples_in is None:
         raise UsageError("profiling needs text", "Name some with --data.")
     streamed = runtime.open(model)
+    check_ids(samples_in, _vocabulary(streamed))
     observed = unique(wanted) or list(OBSERVERS.values())
-    states = States(limit=parse_size(runtime.memory))
+    states = States(limit=parse_size(runtime.memory, least=0))
     result = profile_model(streamed, samples_in, observed, model=model, states=states, progress=progress)
     if out is not None:
         result.save(Path(out), overwrite=overwrite)
@@ -221,8 +238,12 @@ def _request(
     ready_profile = Profile.load(Path(profile)) if isinstance(profile, str) else profile
     if ready_plan is not None and (budget or ready_profile):
         raise UsageError("a plan already says what stays: give it alone, without a budget or a profile")
+    if ready_profile is not None and (data or tokens):
+        given = "--data" if data else "--tokens"
+        raise UsageError(f"--profile and {given} both say what experts are judged by", "Give one of them.")
     chosen = plan_method(ready_plan) if ready_plan else get_method(method, parameters)
     streamed = runtime.open(model)
+    how_much = None if ready_plan else budget_of(streamed, **budget)
     found = None
     if ready_plan is None and ready_profile is None and chosen.observes():
         found = calibration(
@@ -237,18 +258,20 @@ def _request(
             seed=seed,
             runtime=runtime,
         )
+    if found is not None:
+        check_ids(found, _vocabulary(streamed))
     return {
         "streamed": streamed,
         "model": model,
         "method": chosen,
         "name": ready_plan.method if ready_plan else method,
-        "budget": None if ready_plan else budget_of(streamed, **budget),
+        "budget": how_much,
         "data": found,
         "profile": ready_profile,
         "plan": ready_plan,
         "propagate": propagate,
         "seed": seed,
-        "memory": parse_size(runtime.memory),
+        "memory": parse_size(runtime.memory, least=0),
     }
 
 
@@ -266,7 +289,9 @@ def forecast(
     With `measure`, the first layers are run until the first MoE layer is planned: gives seconds and redundancy.
     Raises whatever `compress` would raise before it writes.
     """
-    return run_forecast(Path(out), progress=progress, measure_first=measure, **_request(model, runtime or Runtime(), **request))
+    return run_forecast(
+        Path(out), progress=progress, measure_first=measure, **_request(model, runtime or Runtime(), **request)
+    )
 
 
 def compress(
@@ -294,6 +319,7 @@ def compress(
 
     Raises a `CoterieError` for anything the request, the checkpoint, the text or the disk has wrong.
     """
+    check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
     given = _request(model, runtime or Runtime(), **request)
     result = run_compress(
         given.pop("streamed"),
@@ -321,7 +347,7 @@ def recipe_request(recipe: str, extra: dict[str, Any] | None = None) -> dict[str
         "length": loaded.length,
         "seed": loaded.seed,
     }
-    return {**request, **step.budget, **(extra or {})}
+    return {**request, **step.budget.model_dump(exclude_unset=True), **(extra or {})}
 
 
 def evaluate(
@@ -356,10 +382,12 @@ def evaluate(
     if found is None:
         raise UsageError("evaluation needs text", "Name some with --data.")
     opened = [(name, runtime.open(name)) for name in names]
+    for _, streamed in opened:
+        check_ids(found, _vocabulary(streamed))
     sizes = {m.config.get_text_config(decoder=True).vocab_size for _, m in opened}
     if len(sizes) > 1:
         raise UsageError(f"these models have different vocabularies ({sorted(sizes)}) and cannot be compared")
-    return evaluate_models(opened, found, memory=parse_size(runtime.memory), progress=progress, seed=seed)
+    return evaluate_models(opened, found, memory=parse_size(runtime.memory, least=0), progress=progress, seed=seed)
 
 
 def load(path: str, *, dtype: str = "auto", **options: Any) -> tuple[Any, Any]:

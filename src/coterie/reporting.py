@@ -82,7 +82,9 @@ def _record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / "coterie.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder} has no readable coterie.json", "A report is made of checkpoints Coterie wrote.") from error
+        raise DataError(
+            f"{folder} has no readable coterie.json", "A report is made of checkpoints Coterie wrote."
+        ) from error
     assert isinstance(record, dict)
     return record
 

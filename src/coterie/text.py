@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,18 +117,34 @@ def load_tokens(file: Path, batch_size: int | None = None) -> TokenData:
 
     try:
         tensors = load_file(file)
-        ids_BL = tensors["input_ids"].long()
+        ids_BL = tensors["input_ids"]
         mask_BL = tensors.get("attention_mask", torch.ones_like(ids_BL)).bool()
     except (OSError, SafetensorError, KeyError) as error:
         raise DataError(f"{file} does not hold token ids: {error}", "It needs `input_ids` [B, L], int64.") from error
+    if ids_BL.is_floating_point() or ids_BL.is_complex() or ids_BL.dtype == torch.bool:
+        raise DataError(f"{file}: input_ids must be int64, not {str(ids_BL.dtype).removeprefix('torch.')}")
+    ids_BL = ids_BL.long()
     if ids_BL.dim() != 2 or not ids_BL.numel() or mask_BL.shape != ids_BL.shape:
         raise DataError(f"{file}: input_ids must be [B, L] with a mask of the same shape, not {list(ids_BL.shape)}")
+    if not mask_BL.any():
+        raise DataError(f"{file}: every token is masked: the attention_mask holds no 1")
     size = batch_size or max(1, BATCH_TOKENS // ids_BL.shape[1])
     batches = []
-    for ids, mask in zip(ids_BL.split(size), mask_BL.split(size), strict=True):
+    for ids, mask in zip(torch.split(ids_BL, size), torch.split(mask_BL, size), strict=True):
         batches.append(Batch(ids, None if mask.all() else mask, torch.zeros(len(ids), dtype=torch.int64)))
     digest = _digest(batches, [file.stem])
     return TokenData(batches, [file.stem], digest, {file.stem: int(mask_BL.sum())}, sources=[str(file)])
+
+
+def check_ids(data: TokenData, vocabulary: int) -> None:
+    """Raise DataError for token ids that a model with `vocabulary` tokens does not know."""
+    for batch in data.batches:
+        low, high = int(batch.ids_BL.min()), int(batch.ids_BL.max())
+        if low < 0 or high >= vocabulary:
+            raise DataError(
+                f"the data holds token id {low if low < 0 else high}; the model knows {vocabulary}, from 0 on",
+                "The tokenizer or the token file belongs to another model.",
+            )
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -167,11 +184,14 @@ def _read_file(file: Path) -> Iterator[tuple[str, str]]:
         if file.name.endswith(".parquet"):
             import pyarrow.parquet
 
-            columns = pyarrow.parquet.read_table(file).to_pylist()
-            yield from (_record(row, f"{file.name}, row {i}", stem) for i, row in enumerate(columns))
+            try:
+                rows = pyarrow.parquet.read_table(file).to_pylist()
+            except pyarrow.ArrowException as error:
+                raise DataError(f"cannot read {file}: {error}") from error
+            yield from (_record(row, f"{file.name}, row {i}", stem) for i, row in enumerate(rows))
         elif file.name.endswith((".jsonl", ".jsonl.gz")):
             opened = gzip.open if file.name.endswith(".gz") else open
-            with opened(file, "rt", encoding="utf-8") as stream:
+            with opened(file, "rb") as stream:  # bytes: a line is decoded alone, so that an error has its number
                 for number, line in enumerate(stream, 1):
                     if line.strip():
                         yield _record(_parse(line, file, number), f"{file.name}, line {number}", stem)
@@ -181,14 +201,19 @@ def _read_file(file: Path) -> Iterator[tuple[str, str]]:
         raise DataError(
             f"{file} is not UTF-8 text (byte {error.start})", f"Convert it: iconv -f latin1 -t utf-8 {file.name}"
         ) from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {file}: {error}") from error
 
 
-def _parse(line: str, file: Path, number: int) -> Any:
+def _parse(line: bytes, file: Path, number: int) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}, line {number} is not UTF-8 text (byte {error.start} of the line)",
+            f"Convert it: iconv -f latin1 -t utf-8 {file.name}",
+        ) from error
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
         raise DataError(f"{file}, line {number} is not JSON: {error}") from error
 
 

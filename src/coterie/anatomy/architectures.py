@@ -41,8 +41,12 @@ QUIRKS: dict[str, Quirks] = {
     "zaya": Quirks(unsliceable="its router carries a hidden state from layer to layer and one of its outputs skips"),
     "hunyuan_v1_moe": Quirks(example=(("num_experts", 16), ("moe_topk", 2), ("head_dim", 128))),
     "deepseek_v2": Quirks(example=(("num_experts_per_tok", 6),)),
-    "lfm2_moe": Quirks(example=(("layer_types", ["conv", "full_attention"]), ("num_hidden_layers", 2), ("num_dense_layers", 1))),
-    "gemma4": Quirks(example=(("enable_moe_block", True), ("num_experts", 16), ("top_k_experts", 4), ("moe_intermediate_size", 64))),
+    "lfm2_moe": Quirks(
+        example=(("layer_types", ["conv", "full_attention"]), ("num_hidden_layers", 2), ("num_dense_layers", 1))
+    ),
+    "gemma4": Quirks(
+        example=(("enable_moe_block", True), ("num_experts", 16), ("top_k_experts", 4), ("moe_intermediate_size", 64))
+    ),
 }
 
 

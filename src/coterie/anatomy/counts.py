@@ -56,7 +56,9 @@ def _section(raw: dict[str, Any], config: Any, text: Any) -> dict[str, Any]:
         return raw
     for name in getattr(config, "sub_configs", {}):
         sub = getattr(config, name, None)
-        if sub is not None and (sub is text or (hasattr(sub, "sub_configs") and sub.get_text_config(decoder=True) is text)):
+        if sub is not None and (
+            sub is text or (hasattr(sub, "sub_configs") and sub.get_text_config(decoder=True) is text)
+        ):
             nested = raw.setdefault(name, {})
             return _section(nested, sub, text)
     return raw

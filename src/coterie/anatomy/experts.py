@@ -55,7 +55,7 @@ class ExpertBank:
 
     @property
     def num_experts(self) -> int:
-        return int(self.module.down_proj.shape[0])  # type: ignore[union-attr,operator,arg-type]
+        return self._tensor("down_proj").shape[0]
 
     @property
     def has_gate(self) -> bool:

@@ -62,7 +62,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not names:
         raise ModelError(
             f"{type(model).__name__} has no MoE layers",
-            "Coterie works on sparse mixture-of-experts models: `coterie inspect --architectures` lists those it knows.",
+            "Coterie works on sparse mixture-of-experts models: see `coterie inspect --architectures`.",
         )
     candidates: dict[str, nn.ModuleList] = {}
     for name in names:

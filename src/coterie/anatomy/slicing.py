@@ -20,7 +20,7 @@ from coterie.errors import ModelError
 
 
 def check_keep(layer: MoELayer, keep: Sequence[int]) -> None:
-    """Raise ModelError unless `keep` can be the experts of `layer`: valid ids, enough for top-k, equal in each group."""
+    """Raise ModelError unless `keep` can be the experts of `layer`: valid, enough for top-k, equal in groups."""
     E, where = layer.num_experts, f"in layer {layer.index}"
     if sorted(set(keep)) != list(keep) or (keep and not 0 <= keep[0] <= keep[-1] < E):
         raise ModelError(
@@ -40,7 +40,7 @@ def check_keep(layer: MoELayer, keep: Sequence[int]) -> None:
         if len(set(counts)) != 1:
             raise ModelError(
                 f"unequal survivors per routing group {where}: {counts} of {size} in {layer.groups} groups",
-                f"Its router splits experts into equal groups: keep the same number in each ({layer.groups} divides it).",
+                f"Its router splits experts into equal groups: keep a multiple of {layer.groups}, the same in each.",
             )
         if counts[0] * layer.groups_used < layer.top_k:
             raise ModelError(

@@ -59,7 +59,8 @@ OPTIONS: dict[str, Any] = {
     "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="Say more.", rich_help_panel=_GLOBAL)],
     "json": Annotated[bool, typer.Option("--json", help="Print JSON for machines.", rich_help_panel=_GLOBAL)],
     "trust_remote_code": Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint.", rich_help_panel=_GLOBAL)
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint.", rich_help_panel=_GLOBAL),
     ],
     "allow_nonfinite": Annotated[
         bool, typer.Option("--allow-nonfinite", help="Accept NaN and Inf weights.", rich_help_panel=_GLOBAL)
@@ -85,7 +86,11 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def wrapper(**given: Any) -> None:
         common = Common(**{name: given.pop(name) for name in OPTIONS})
-        function(common=common, **given)
+        try:
+            function(common=common, **given)
+        except KeyboardInterrupt:  # typer would make it exit code 1
+            say("interrupted; the same command goes on where this one stopped", style="yellow")
+            raise typer.Exit(130) from None
 
     parameters = [*own, *added]
     wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -105,7 +110,8 @@ def verb_first(arguments: list[str]) -> list[str]:
 
 
 def quiet(verbose: bool) -> None:
-    """Keep libraries from chatting unless asked."""
+    """Keep libraries from chatting unless asked, and threads from spinning: must run before torch is imported."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # halves CPU time beside other work, benchmarks/cpu_choices.py
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -129,7 +135,9 @@ def emit_json(value: Any) -> None:
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, left: int = 1) -> None:
     """A table on standard output; the first `left` columns are text, the others numbers."""
-    grid = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    grid = Table(
+        title=title or None, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
+    )
     for number, column in enumerate(columns):
         grid.add_column(column, justify="left" if number < left else "right", overflow="fold")
     for row in rows:
@@ -153,9 +161,9 @@ def millions(count: float) -> str:
 
 def parse_set(items: list[str]) -> dict[str, Any]:
     """`--set name=value` to parameters; values are read as YAML (numbers, true/false, lists), else kept as text."""
-    from coterie.errors import UsageError
-
     import yaml
+
+    from coterie.errors import UsageError
 
     parameters: dict[str, Any] = {}
     for item in items:

@@ -15,6 +15,7 @@ from coterie.errors import CoterieError, UsageError
 @verb
 def compress(
     common: Common,
+    context: typer.Context,
     model: o.Model,
     out: Annotated[str, typer.Argument(help="Folder for the smaller checkpoint.", show_default=False)],
     method: Annotated[str, typer.Option(help="One of `coterie methods`.")] = "reap",
@@ -59,9 +60,9 @@ def compress(
     began = time.monotonic()
     runtime = common.runtime()
     from coterie import api
+    from coterie.streaming.writer import check_place
 
-    if recipe and (plan or profile):
-        raise UsageError("give a recipe, a plan or a profile, not several of them")
+    _refuse_contradictions(context, plan=plan, recipe=recipe)
     budget: dict[str, Any] = {
         "keep": keep,
         "keep_experts": keep_experts,
@@ -91,15 +92,18 @@ def compress(
         **text,
     }
     if plan is not None:
-        if any(v is not None for v in (keep, keep_experts, target_size)):
-            raise UsageError("a plan already says what stays", "Leave out --keep, --keep-experts and --target-size.")
         request = {"plan": plan}
     if recipe is not None:
-        request = api.recipe_request(recipe, {k: v for k, v in request.items() if k in ("tokens", "tokenizer") and v})
+        also = ("tokens", "tokenizer", "batch_size", "pack")  # how the recipe's text is read, not what is done
+        request = api.recipe_request(recipe, {k: request[k] for k in also if _was_given(context, k)})
     first_layer: list[Any] = []
 
+    if not dry_run:
+        check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
+    if evaluate:  # what is wrong with this text should not be found after the compression
+        api.calibration(model, evaluate, samples=1, length=length, tokenizer=tokenizer, seed=seed, runtime=runtime)
     with Bar("compress", enabled=not common.json) as bar:
-        ahead = api.forecast(model, out, runtime=runtime, progress=bar, measure=dry_run, **request)
+        ahead = api.forecast(model, out, runtime=runtime, progress=bar, measure=dry_run, **request)  # type: ignore[arg-type]
         _show_forecast(ahead, common)
         if dry_run:
             if common.json:
@@ -145,6 +149,27 @@ def compress(
         from coterie.cli.evaluate import show
 
         show(quality)
+
+
+# what a finished plan, or a recipe, already says: command line names of parameters
+_BUDGET = ("keep", "keep_experts", "target_size", "scope", "minimum", "layers", "exclude_layers", "protect")
+_DECIDED = ("method", "parameters", "propagate", "profile", "data", "samples", *_BUDGET)
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _refuse_contradictions(context: typer.Context, *, plan: str | None, recipe: str | None) -> None:
+    """A plan or a recipe says all of it; an option beside it would be ignored, so it is refused."""
+    chosen = "--plan" if plan is not None else "--recipe"
+    if plan is None and recipe is None:
+        return
+    decided = (*_DECIDED, "recipe", "tokens", "batch_size", "pack") if plan is not None else _DECIDED
+    if names := [name for name in decided if _was_given(context, name)]:
+        options = ", ".join("--set" if name == "parameters" else "--" + name.replace("_", "-") for name in names)
+        raise UsageError(f"{chosen} already says what is to be done: {options} would be ignored", f"Leave out {options}.")
 
 
 def _write_report(out: str, quality: list[Any], result: Any, figures: dict[str, Any], elapsed: float) -> None:

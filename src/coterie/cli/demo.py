@@ -13,7 +13,9 @@ from coterie.cli.progress import Bar
 @verb
 def demo(
     common: Common,
-    out: Annotated[str, typer.Option(help="Folder for what it writes; earlier results there are replaced.")] = "coterie-demo",
+    out: Annotated[
+        str, typer.Option(help="Folder for what it writes; earlier results there are replaced.")
+    ] = "coterie-demo",
     keep: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the experts to keep.")] = 0.5,
     seed: o.Seed = 0,
 ) -> None:
@@ -49,9 +51,16 @@ def demo(
     before = outcome.compressed[METHODS[0]].before
     rows = [["original", str(before.experts), gigabytes(before.bytes), millions(before.parameters)]]
     for method, result in outcome.compressed.items():
-        rows.append([method, str(result.after.experts), gigabytes(result.after.bytes), millions(result.after.parameters)])
+        rows.append(
+            [method, str(result.after.experts), gigabytes(result.after.bytes), millions(result.after.parameters)]
+        )
     table("\nsizes", ["model", "experts per layer", "weights", "parameters"], rows)
     print()
     show(outcome.quality, ["original", *outcome.compressed])
-    table("\nDERN's half of the pocket model writes", ["prompt", "text"], [[p, t] for p, t in outcome.written.items()], left=2)
+    table(
+        "\nDERN's half of the pocket model writes",
+        ["prompt", "text"],
+        [[p, t] for p, t in outcome.written.items()],
+        left=2,
+    )
     say(f"\n{outcome.seconds:.0f} s. Open {outcome.report} in a browser.")

@@ -35,7 +35,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback(epilog="Global options (--device, --threads, --json, ...) may stand before or after the verb.")
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """One toolkit for sparse mixture-of-experts models.
 
@@ -62,9 +64,6 @@ def main() -> None:
         name = next((a for a in sys.argv[1:] if not a.startswith("-")), "")
         notes.print(f"coterie {name}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        notes.print("interrupted; the same command goes on where this one stopped", style="yellow")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer of another checkp
 Samples = Annotated[int, typer.Option(min=1, help="Sequences per domain.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
 BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Sequences per batch; by default about 8192 tokens' worth.", show_default=False)
+    int | None,
+    typer.Option(min=1, help="Sequences per batch; by default about 8192 tokens' worth.", show_default=False),
 ]
 Pack = Annotated[
     bool,
@@ -46,7 +47,9 @@ Scope = Annotated[
         rich_help_panel=_B,
     ),
 ]
-Minimum = Annotated[int, typer.Option(min=1, help="Fewest experts of a layer, with --scope global.", rich_help_panel=_B)]
+Minimum = Annotated[
+    int, typer.Option(min=1, help="Fewest experts of a layer, with --scope global.", rich_help_panel=_B)
+]
 Layers = Annotated[str | None, typer.Option(help="Only these decoder layers, e.g. 4-30.", rich_help_panel=_B)]
 ExcludeLayers = Annotated[str | None, typer.Option(help="All but these decoder layers.", rich_help_panel=_B)]
 Protect = Annotated[

@@ -27,10 +27,11 @@ def plan(
 ) -> None:
     """Decide on a finished profile which experts stay. A pure function: same profile, same plan."""
     runtime = common.runtime()
+    from pathlib import Path
+
     from coterie import api
     from coterie.compression.forecast import redundancy
     from coterie.profiling.profile import Profile
-    from pathlib import Path
 
     loaded = Profile.load(Path(profile))
     result = api.plan(

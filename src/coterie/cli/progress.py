@@ -4,7 +4,15 @@ import time
 from types import TracebackType
 
 import psutil
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from coterie.cli.common import notes
 
@@ -38,15 +46,15 @@ class Bar:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def start(self, what: str, layers: int, first: int = 0) -> None:
         if self._task is not None:
             self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(
-            f"{self.title}: {what}", total=layers, completed=first, rate="", memory=""
-        )
+        self._task = self._bar.add_task(f"{self.title}: {what}", total=layers, completed=first, rate="", memory="")
         self._seen, self._began = 0, time.monotonic()
 
     def tokens(self, count: int) -> None:

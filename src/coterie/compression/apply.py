@@ -89,7 +89,9 @@ class Output:
         found = re.search(r"\.layers\.(\d+)\.", key)
         extra = found is not None and int(found[1]) >= len(self.streamed.layers)
         if extra and not self.notes:
-            self.notes.append("extra prediction layers (multi-token prediction) were left out: their experts do not fit")
+            self.notes.append(
+                "extra prediction layers (multi-token prediction) were left out: their experts do not fit"
+            )
         return extra
 
     def _specs(self, counts: Mapping[int, int]) -> list[Spec]:
@@ -161,7 +163,8 @@ class Output:
         """Numbers the router holds for one expert (its row and biases), in one layer."""
         layer = next(iter(self.streamed.moe.values()))
         names = [n for n in slice_names(layer) if not n.startswith(f"{layer.experts_name}.")]
-        return sum(self.streamed.model.get_parameter_or_buffer(n).numel() for n in names) // layer.num_experts
+        total = sum(int(self.streamed.model.get_parameter_or_buffer(n).numel()) for n in names)
+        return total // layer.num_experts
 
     def copy_rest(self, keys: Iterable[str]) -> None:
         """Copy untouched tensors that no sweep has read, file to file."""
@@ -183,18 +186,24 @@ class Output:
         plan.save(self.folder / "plan.json")
         card = source / "README.md"
         before = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-        (self.folder / "README.md").write_text(before + model_card(record), encoding="utf-8")
+        self._write_text("README.md", before + model_card(record))
         names += ["config.json", "coterie.json", "plan.json", "README.md"]
         for file in sorted(source.iterdir()):
             wanted = file.suffix in _SMALL_FILES or file.name.startswith("LICENSE")
-            if wanted and file.is_file() and file.name not in _NOT_COPIED and not file.name.startswith("."):
-                if file.stat().st_size <= _LARGEST_COPY:
-                    try:
-                        shutil.copyfile(file, self.folder / file.name)
-                    except OSError as error:
-                        raise disk_error(error, self.folder) from error
-                    names.append(file.name)
+            refused = file.name in _NOT_COPIED or file.name.startswith(".")
+            if wanted and not refused and file.is_file() and file.stat().st_size <= _LARGEST_COPY:
+                try:
+                    shutil.copyfile(file, self.folder / file.name)
+                except OSError as error:
+                    raise disk_error(error, self.folder) from error
+                names.append(file.name)
         return names
+
+    def _write_text(self, name: str, text: str) -> None:
+        try:
+            (self.folder / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise disk_error(error, self.folder) from error
 
 
 def model_card(record: dict[str, Any]) -> str:

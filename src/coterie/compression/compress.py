@@ -286,6 +286,9 @@ class _Run:
         plans: dict[int, LayerPlan] = {}
         kept = states.kept()
         first = 0 if kept is None else kept + 1
+        recorded = {line["layer"] for line in self.work.journal()}
+        if any(index < first and index not in recorded for index in self.streamed.moe):
+            first = 0  # the journal was damaged: what was decided for those layers is not known any more
         for line in self.work.journal():
             if line["layer"] < first:
                 plans[line["layer"]] = LayerPlan.model_validate(line["plan"])
@@ -321,7 +324,10 @@ class _Run:
         moe = self.streamed.moe[layer.index]
         scores_E = self.method.score(layer)
         keep = select_layer(scores_E, self.counts[layer.index], moe, self.budget)
-        return _layer_plan(self.method, layer, keep, scores_E)
+        plan = _layer_plan(self.method, layer, keep, scores_E)
+        if reason := self.method.plain_checkpoint(plan):
+            raise UsageError(f"{self.name}: {reason}")
+        return plan
 
     def _journal(self, plan: LayerPlan) -> None:
         self.output.writer.sync()
@@ -388,9 +394,7 @@ def plan_layers(
 
     A method that looks at no data is given empty profiles.
     """
-    empty = {
-        i: LayerProfile(i, moe.name, moe.num_experts, moe.top_k, 0, moe.groups) for i, moe in streamed.moe.items()
-    }
+    empty = {i: LayerProfile(i, moe.name, moe.num_experts, moe.top_k, 0, moe.groups) for i, moe in streamed.moe.items()}
     profiles = {i: layers.get(i, empty[i]) for i in streamed.moe}
     scores = {i: method.score(layer) for i, layer in profiles.items()}
     if budget.scope == "global":
@@ -437,9 +441,16 @@ def check_profile(profile: Profile, streamed: StreamedModel, digest: str) -> Non
 def _check_plan(plan: Plan, streamed: StreamedModel, digest: str) -> None:
     if plan.model_digest != digest:
         raise UsageError(f"the plan was made for another model ({plan.model})", "Plan this checkpoint: `coterie plan`.")
-    if {layer.index for layer in plan.layers} != set(streamed.moe):
+    if sorted(layer.index for layer in plan.layers) != sorted(streamed.moe):
         raise UsageError("the plan does not name every MoE layer of the model exactly once")
     for layer in plan.layers:
+        E = streamed.moe[layer.index].num_experts
+        if layer.experts != E or len(layer.scores) not in (0, E):
+            raise UsageError(
+                f"the plan speaks of {layer.experts} experts and {len(layer.scores)} scores in layer {layer.index},"
+                f" which has {E} experts",
+                "Change only what stays (`keep`) in a plan.",
+            )
         check_keep(streamed.moe[layer.index], layer.keep)
 
 

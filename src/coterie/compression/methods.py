@@ -106,11 +106,11 @@ def get_method(name: str, parameters: dict[str, Any] | None = None) -> Method:
     """The method `name` with `parameters`. Raises UsageError naming the closest valid method, parameter or range."""
     known = methods()
     if name not in known:
-        raise UsageError(f"no method {name!r}", _closest(name, list(known)))
+        raise UsageError(f"no method {name!r}", closest(name, list(known)))
     cls = known[name].cls
     unknown = [p for p in parameters or {} if p not in cls.model_fields]
     if unknown:
-        raise UsageError(f"{name} has no parameter {unknown[0]!r}", _closest(unknown[0], list(cls.model_fields)))
+        raise UsageError(f"{name} has no parameter {unknown[0]!r}", closest(unknown[0], list(cls.model_fields)))
     try:
         return cls(**(parameters or {}))
     except ValidationError as error:
@@ -121,7 +121,8 @@ def get_method(name: str, parameters: dict[str, Any] | None = None) -> Method:
         ) from error
 
 
-def _closest(name: str, known: list[str]) -> str:
+def closest(name: str, known: list[str]) -> str:
+    """The hint for an unknown name: the most similar valid one, and all of them."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     if near:
         return f"Did you mean {near[0]!r}? All: {', '.join(known)}."

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from coterie.errors import UsageError
 from coterie.streaming.writer import write_json
@@ -26,7 +26,7 @@ class LayerPlan(BaseModel):
     name: str
     experts: int
     keep: list[int]
-    scores: list[float] = Field(default_factory=list)
+    scores: list[FiniteFloat] = Field(default_factory=list)
     extra: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -35,7 +35,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: int = 1
+    format: Literal[1] = 1
     model: str
     model_digest: str
     method: str

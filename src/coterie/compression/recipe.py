@@ -1,19 +1,19 @@
 """A recipe: a compression as a short YAML file that people can share.
 
-    model: Qwen/Qwen3-30B-A3B
-    data: [calibration.jsonl]
-    samples: 128
-    length: 512
-    steps:
-      - method: dern
-        parameters: {selector: reap}
-        budget: {keep: 0.5}
+model: Qwen/Qwen3-30B-A3B
+data: [calibration.jsonl]
+samples: 128
+length: 512
+steps:
+  - method: dern
+    parameters: {selector: reap}
+    budget: {keep: 0.5}
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,14 +21,29 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from coterie.errors import UsageError
 
 
+class RecipeBudget(BaseModel):
+    """How much may stay: the options of the command line under their own names."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    keep: float | None = None
+    keep_experts: Annotated[int | None, Field(ge=1)] = None
+    target_size: str | int | None = None
+    scope: str = "uniform"
+    minimum: Annotated[int, Field(ge=1)] = 1
+    layers: str | None = None
+    exclude_layers: str | None = None
+    protect: list[str] = Field(default_factory=list)
+
+
 class RecipeStep(BaseModel):
-    """One method with its parameters and budget (keep, keep_experts, target_size, scope, layers, protect, ...)."""
+    """One method with its parameters and budget."""
 
     model_config = ConfigDict(extra="forbid")
 
     method: str
     parameters: dict[str, Any] = Field(default_factory=dict)
-    budget: dict[str, Any] = Field(default_factory=dict)
+    budget: RecipeBudget = Field(default_factory=RecipeBudget)
     propagate: bool = False
 
 

@@ -7,6 +7,7 @@ Used by every method that removes experts. It does not know where scores come fr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -75,9 +76,24 @@ def counts_for(budget: Budget, moe: Mapping[int, MoELayer], bytes_of_expert: int
     counts = {}
     for index, layer in moe.items():
         E = layer.num_experts
-        counts[index] = E if not budget.prunes(index) else min(E, _uniform_count(budget, moe, E, bytes_of_expert, other_bytes))
+        counts[index] = (
+            E if not budget.prunes(index) else min(E, _uniform_count(budget, moe, E, bytes_of_expert, other_bytes))
+        )
         _check_count(counts[index], layer)
+        _check_room(counts[index], layer, budget)
     return counts
+
+
+def _check_room(count: int, layer: MoELayer, budget: Budget) -> None:
+    """More protected experts than may stay, in a routing group of its layer: found before any weight is read."""
+    size, per_group = layer.num_experts // layer.groups, count // layer.groups
+    inside = Counter(expert // size for index, expert in budget.protect if index == layer.index)
+    if inside and max(inside.values()) > per_group:
+        where = " of a routing group" if layer.groups > 1 else ""
+        raise UsageError(
+            f"layer {layer.index}: {max(inside.values())} experts{where} are protected, but only {per_group} may stay",
+            "Raise the budget or protect fewer experts.",
+        )
 
 
 def _uniform_count(budget: Budget, moe: Mapping[int, MoELayer], E: int, bytes_of_expert: int, other_bytes: int) -> int:
@@ -110,7 +126,8 @@ def _check_count(count: int, layer: MoELayer) -> None:
     if count < least:
         group = f" in {layer.groups_used} of {layer.groups} groups" if layer.groups > 1 else ""
         raise UsageError(
-            f"cannot keep {count} of {E} experts in layer {layer.index}: the router picks {layer.top_k} per token{group}",
+            f"cannot keep {count} of {E} experts in layer {layer.index}:"
+            f" the router picks {layer.top_k} per token{group}",
             f"Keep at least {least} (--keep-experts {least}).",
         )
     if count % layer.groups:
@@ -129,41 +146,46 @@ def select_layer(scores_E: Tensor, count: int, layer: MoELayer, budget: Budget) 
     Ties go to the lower index. Raises UsageError if more experts are protected than may stay.
     """
     E, groups = layer.num_experts, layer.groups
-    if scores_E.shape != (E,) or torch.isnan(scores_E).any():
-        raise UsageError(f"layer {layer.index}: the method gave no usable score for its {E} experts")
+    _check_scores(scores_E, layer)
     if count == E:
         return list(range(E))
     ranked_E = _protected(scores_E, layer, budget)
     size, per_group = E // groups, count // groups
+    _check_room(count, layer, budget)
     keep: list[int] = []
     for group in range(groups):
         part = ranked_E[group * size : (group + 1) * size]
-        inside = int(torch.isinf(part).logical_and(part > 0).sum())
-        if inside > per_group:
-            raise UsageError(
-                f"layer {layer.index}: {inside} experts are protected, but only {per_group} may stay",
-                "Raise the budget or protect fewer experts.",
-            )
         best = torch.argsort(part, descending=True, stable=True)[:per_group]
         keep += [group * size + int(e) for e in best]
     return sorted(keep)
+
+
+def _check_scores(scores_E: Tensor, layer: MoELayer) -> None:
+    E = layer.num_experts
+    if scores_E.shape != (E,):
+        raise UsageError(f"layer {layer.index}: scores of shape {list(scores_E.shape)} for its {E} experts")
+    if bad := int(torch.isnan(scores_E).sum()):
+        raise UsageError(
+            f"layer {layer.index}: the score of {bad} of its {E} experts is not a number",
+            "Weights or activations that are no finite numbers do this; a damaged profile does, too.",
+        )
 
 
 def _protected(scores_E: Tensor, layer: MoELayer, budget: Budget) -> Tensor:
     ranked_E = scores_E.double().clamp(max=torch.finfo(torch.float64).max).clone()
     for index, expert in budget.protect:
         if index == layer.index:
-            if not 0 <= expert < layer.num_experts:
-                raise UsageError(f"--protect {index}:{expert}: layer {index} has experts 0..{layer.num_experts - 1}")
             ranked_E[expert] = float("inf")
     return ranked_E
 
 
 def check_protect(budget: Budget, moe: Mapping[int, MoELayer]) -> None:
-    """Raise UsageError for a protected expert in a layer that has none."""
-    for index, expert in budget.protect:
+    """Raise UsageError for a protected expert that the model does not have."""
+    for index, expert in sorted(budget.protect):
         if index not in moe:
             raise UsageError(f"--protect {index}:{expert}: layer {index} is no MoE layer")
+        if not 0 <= expert < moe[index].num_experts:
+            raise UsageError(f"--protect {index}:{expert}: layer {index} has experts 0..{moe[index].num_experts - 1}")
 
 
 def select_global(scores: Mapping[int, Tensor], moe: Mapping[int, MoELayer], budget: Budget) -> dict[int, list[int]]:
@@ -180,6 +202,12 @@ def select_global(scores: Mapping[int, Tensor], moe: Mapping[int, MoELayer], bud
         if not budget.prunes(index):
             keep[index] = list(range(E))
             continue
+        _check_scores(scores[index], layer)
+        if not torch.isfinite(scores[index]).all() or scores[index].min() < 0:
+            raise UsageError(
+                f"layer {index}: its scores are not all finite and positive or zero, and cannot be compared between layers",
+                "Use --scope uniform with this method.",
+            )
         normal_E = scores[index].double() / scores[index].double().sum().clamp(min=1e-30)
         ranked_E = _protected(normal_E, layer, budget).view(layer.groups, -1)
         order = torch.argsort(ranked_E, dim=1, descending=True, stable=True)
@@ -200,6 +228,13 @@ def select_global(scores: Mapping[int, Tensor], moe: Mapping[int, MoELayer], bud
         if kept + len(rank) <= wanted:
             keep[index] += rank
             kept += len(rank)
+    lost = [(index, expert) for index, expert in sorted(budget.protect) if expert not in keep[index]]
+    if lost:
+        raise UsageError(
+            f"{len(budget.protect)} experts are protected, but only {wanted} of {total} may stay: no room for"
+            f" {lost[0][0]}:{lost[0][1]}",
+            "Raise the budget or protect fewer experts.",
+        )
     return {index: sorted(experts) for index, experts in keep.items()}
 
 
@@ -207,6 +242,9 @@ def _global_count(budget: Budget, moe: Mapping[int, MoELayer], total: int) -> in
     if budget.keep is not None:
         return int(total * budget.keep + 0.5)
     if budget.keep_experts is not None:
+        most = min(layer.num_experts for layer in moe.values())
+        if budget.keep_experts > most:
+            raise UsageError(f"--keep-experts {budget.keep_experts} is more than the {most} experts of a layer")
         return budget.keep_experts * len(moe)
     raise UsageError("a global budget is a share or a number of experts", "Use --keep or --keep-experts with it.")
 
@@ -215,20 +253,29 @@ def parse_layers(include: str | None, exclude: str | None, available: list[int])
     """`4-30,35` and the like to a set of decoder layers; None for all. Raises UsageError for what is no MoE layer."""
     if not include and not exclude:
         return None
-    chosen = set(_ranges(include)) if include else set(available)
-    chosen -= set(_ranges(exclude)) if exclude else set()
-    known = chosen & set(available)
+    wanted = _ranges(include) if include else None
+    for low, high in wanted or []:
+        if not any(low <= layer <= high for layer in available):
+            text = str(low) if low == high else f"{low}-{high}"
+            raise UsageError(f"--layers {text} is no MoE layer; the model has them at {_span(available)}")
+    unwanted = _ranges(exclude) if exclude else []
+    known = [
+        layer
+        for layer in available
+        if (wanted is None or any(low <= layer <= high for low, high in wanted))
+        and not any(low <= layer <= high for low, high in unwanted)
+    ]
     if not known:
         raise UsageError(f"no MoE layer is left to prune; the model has them at {_span(available)}")
     return frozenset(known)
 
 
-def _ranges(text: str) -> list[int]:
-    found: list[int] = []
+def _ranges(text: str) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
     for part in text.split(","):
-        low, _, high = part.strip().partition("-")
+        low, dash, high = part.strip().partition("-")
         try:
-            found += range(int(low), int(high or low) + 1)
+            found.append((int(low), int(high if dash else low)))
         except ValueError:
             raise UsageError(f"cannot read the layers {text!r}", "Write them like 4-30 or 0,3,7-9.") from None
     return found

@@ -42,9 +42,7 @@ def measure(streamed: StreamedModel) -> Size:
             per_expert_parameters += sum(info.numel for info in infos) // first.num_experts
     total = sum(info.numel for key, info in tensors.items() if streamed.params[key] is not None)
     experts = sum(layer.num_experts for layer in streamed.moe.values())
-    active = total - sum(
-        (layer.num_experts - layer.top_k) * per_expert_parameters for layer in streamed.moe.values()
-    )
+    active = total - sum((layer.num_experts - layer.top_k) * per_expert_parameters for layer in streamed.moe.values())
     return Size(
         bytes=streamed.checkpoint.nbytes,
         parameters=total,

@@ -21,10 +21,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from coterie.errors import DataError, OutputError
 from coterie.evaluation.bootstrap import interval
 from coterie.streaming.lockstep import Batch, Progress, States, sweep
 from coterie.streaming.model import StreamedModel
@@ -78,7 +80,7 @@ class ModelResult:
         return {"model": self.model, "mean": means, "domains": [asdict(d) for d in self.domains]}
 
 
-class _AnyOutput(MoeModelOutputWithPast):
+class _AnyOutput(MoeModelOutputWithPast):  # type: ignore[misc]
     """The base model's output with a given hidden state; whatever else a family looks for is None."""
 
     def __getattr__(self, name: str) -> None:
@@ -102,7 +104,10 @@ class HiddenStates:
             return
         self._folder = self._folder or TemporaryDirectory(prefix="coterie-hidden-")
         file = Path(self._folder.name) / f"{number:06d}.safetensors"
-        save_file({"hidden": tensor}, file)
+        try:
+            save_file({"hidden": tensor}, file)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"cannot keep hidden states in {file.parent}: {error}") from error
         self._held[number] = file
 
     def get(self, number: int) -> Tensor:
@@ -117,13 +122,13 @@ def logits(streamed: StreamedModel, hidden_BLH: Tensor) -> Tensor:
     """
     base = streamed.model.base_model
     original = base.forward
-    base.forward = lambda *args, **kwargs: _AnyOutput(last_hidden_state=hidden_BLH)  # type: ignore[method-assign]
+    base.forward = lambda *args, **kwargs: _AnyOutput(last_hidden_state=hidden_BLH)
     try:
         dummy = torch.zeros(hidden_BLH.shape[:2], dtype=torch.int64, device=hidden_BLH.device)
         with torch.no_grad():
             result: Tensor = streamed.model(input_ids=dummy, use_cache=False).logits
     finally:
-        base.forward = original  # type: ignore[method-assign]
+        base.forward = original
     return result.float()
 
 
@@ -150,7 +155,9 @@ def evaluate_models(
     """Loss of every model and, for all but the first, KL and agreement with the first, on the same tokens.
 
     Peak memory: one layer, hidden states of two models up to `memory` each, and two language-model heads.
+    Raises DataError, before anything is read, if a domain has no token to predict.
     """
+    _check_predictable(data)
     (name, reference), others = models[0], models[1:]
     held = hidden_states(reference, data, memory=memory, progress=progress)
     own, _, _, tokens_S = _score(reference, held, None, None, data)
@@ -162,6 +169,16 @@ def evaluate_models(
         other.free_outer()
     reference.free_outer()
     return results
+
+
+def _check_predictable(data: TokenData) -> None:
+    count_D = torch.zeros(len(data.domains), dtype=torch.int64)
+    for batch in data.batches:
+        count_B = _predicted(batch).sum(1)
+        count_D.index_add_(0, batch.domain_B if batch.domain_B is not None else torch.zeros_like(count_B), count_B)
+    for domain, count in zip(data.domains, count_D.tolist(), strict=True):
+        if not count:
+            raise DataError(f"domain {domain!r} has no token to predict", "Its sequences need at least two tokens.")
 
 
 def _score(

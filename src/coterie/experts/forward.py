@@ -60,6 +60,11 @@ def _widened(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return buffer.copy_(weight)
 
 
+def _first_size(weight: object) -> int:
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
+
+
 def _project(module: nn.Module, name: str, expert: int, x_RH: Tensor) -> Tensor:
     weight = _widened(getattr(module, name)[expert], x_RH.dtype, name)
     bias = getattr(module, f"{name}_bias")[expert].to(x_RH.dtype) if module.has_bias else None
@@ -74,7 +79,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
     Peak memory beside the weights: one expert in the activations' dtype, its routed rows, and one [T, H] sum.
     """
-    x_TH, E = hidden_states, int(self.down_proj.shape[0])  # type: ignore[union-attr,operator,arg-type]
+    x_TH, E = hidden_states, _first_size(self.down_proj)
     tap: Tap | None = getattr(self, "_coterie_tap", None)
     watched = tap is not None and tap.routed(x_TH, top_k_index, top_k_weights)
     K = top_k_index.shape[-1]

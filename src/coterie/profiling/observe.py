@@ -36,6 +36,7 @@ class LayerObservation:
         self.observers = [cls(shape) for cls in observers]
         self._with_outputs = [o for o in self.observers if o.watches_outputs]
         self.tokens = 0
+        self._logits_missed = False
         self._batch: Batch | None = None
         self._logits_TE: Tensor | None = None
 
@@ -87,6 +88,7 @@ class LayerObservation:
             domain_T=keep(domain_T),
         )
         self.tokens += routing.x_TH.shape[0]
+        self._logits_missed |= routing.logits_TE is None
         for observer in self.observers:
             observer.see_routing(routing)
         return bool(self._with_outputs)
@@ -116,7 +118,8 @@ class LayerObservation:
             )
         stats: dict[str, Tensor] = {}
         for observer in self.observers:
-            stats |= observer.state()
+            if not (observer.needs_logits and self._logits_missed):
+                stats |= observer.state()
         layer = self.layer
         return LayerProfile(layer.index, layer.name, layer.num_experts, layer.top_k, self.tokens, layer.groups, stats)
 

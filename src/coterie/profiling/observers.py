@@ -65,10 +65,12 @@ class Observer:
 
     fields : {name: "sum" or "max" or "with <other>"}: how two profiles of the same model are merged; "with max_E"
         means "taken from the side whose max_E is larger".
+    needs_logits : the statistic is left out, not zero, where the router shows no logits of all experts.
     """
 
     fields: ClassVar[dict[str, str]] = {}
     watches_outputs: ClassVar[bool] = False
+    needs_logits: ClassVar[bool] = False
 
     def __init__(self, shape: LayerShape) -> None:
         self.shape = shape
@@ -143,6 +145,7 @@ class ScoreMass(Observer):
     """score_mass_E: sum over tokens of the softmax of the router's logits, all experts, selected or not."""
 
     fields = {"score_mass_E": "sum"}
+    needs_logits = True
 
     def __init__(self, shape: LayerShape) -> None:
         super().__init__(shape)
@@ -171,6 +174,7 @@ class RouterGram(Observer):
     """router_gram_EE: sum over tokens of logits^T logits. router_sum_E: sum of logits."""
 
     fields = {"router_gram_EE": "sum", "router_sum_E": "sum"}
+    needs_logits = True
 
     def __init__(self, shape: LayerShape) -> None:
         super().__init__(shape)
@@ -236,7 +240,7 @@ class MeanOutput(Observer):
 
 
 class InputMoment(Observer):
-    """input_square_EH: sum over routed tokens of x^2, per channel (the diagonal of the routed inputs' second moment)."""
+    """input_square_EH: sum over routed tokens of x^2, per channel (diagonal of the inputs' second moment)."""
 
     fields = {"input_square_EH": "sum"}
     watches_outputs = True

@@ -50,7 +50,8 @@ class LayerProfile:
         if source is None:
             raise AttributeError(name)
         raise UsageError(
-            f"the profile of layer {self.__dict__.get('index')} has no {name}", f"Profile again with --observe {source}."
+            f"the profile of layer {self.__dict__.get('index')} has no {name}",
+            f"Profile again with --observe {source}.",
         )
 
     def has(self, observer: type[Observer]) -> bool:
@@ -78,7 +79,9 @@ class Profile:
         if missing:
             raise UsageError(
                 f"the profile lacks {', '.join(missing)}",
-                "Profile again with " + " ".join(f"--observe {name}" for name in missing) + ", or name the method there.",
+                "Profile again with "
+                + " ".join(f"--observe {name}" for name in missing)
+                + ", or name the method there.",
             )
 
     def save(self, folder: Path, *, overwrite: bool = False) -> None:
@@ -105,11 +108,14 @@ class Profile:
             if meta["format"] != FORMAT:
                 raise DataError(f"{folder} has profile format {meta['format']}, this version reads {FORMAT}")
             layers = load_layers(folder / "profile.safetensors", meta["layers"])
+            for layer in layers.values():
+                _check_shapes(layer, len(meta["domains"]))
             names = ("model", "model_digest", "data_digest", "domains", "settings")
             return cls(layers=layers, **{name: meta[name] for name in names})
         except FileNotFoundError as error:
-            raise DataError(f"{folder} is not a profile: no {Path(error.filename).name}") from error
-        except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+            name = "profile.json" if not (folder / "profile.json").exists() else "profile.safetensors"
+            raise DataError(f"{folder} is not a profile: no {name}") from error
+        except (KeyError, TypeError, ValueError, OSError, RecursionError, SafetensorError) as error:
             raise DataError(f"{folder} is a damaged profile: {error}") from error
 
     def merge(self, other: Profile) -> Profile:
@@ -130,7 +136,8 @@ class Profile:
                 index, mine.name, mine.experts, mine.top_k, mine.tokens + theirs.tokens, mine.groups, stats
             )
         digest = "+".join(sorted({*self.data_digest.split("+"), *other.data_digest.split("+")}))
-        return Profile(self.model, self.model_digest, digest, domains, layers, self.settings)
+        settings = _settings_of_both(self.settings, other.settings)
+        return Profile(self.model, self.model_digest, digest, domains, layers, settings)
 
 
 def save_layers(file: Path, layers: Iterable[LayerProfile]) -> None:
@@ -149,6 +156,16 @@ def load_layers(file: Path, metas: Iterable[Mapping[str, Any]]) -> dict[int, Lay
     return {meta["index"]: LayerProfile(**meta, stats=stats.get(meta["index"], {})) for meta in metas}
 
 
+def _check_shapes(layer: LayerProfile, domains: int) -> None:
+    """Names of statistics end in their shape: E experts and D domains must be as many as there are."""
+    sizes = {"E": layer.experts, "D": domains}
+    for name, tensor in layer.stats.items():
+        letters = name.rpartition("_")[2]
+        wrong = tensor.dim() != len(letters) or any(sizes.get(x, n) != n for x, n in zip(letters, tensor.shape))
+        if letters.isupper() and wrong:
+            raise ValueError(f"{name} of layer {layer.index} has the shape {list(tensor.shape)}")
+
+
 def _layer_meta(layer: LayerProfile) -> dict[str, Any]:
     return {name: getattr(layer, name) for name in ("index", "name", "experts", "top_k", "tokens", "groups")}
 
@@ -165,6 +182,21 @@ def _merged(name: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tens
         return torch.maximum(a[name], b[name])
     leader = rule.removeprefix("with ")
     return torch.where(b[leader] > a[leader], b[name], a[name])
+
+
+def _settings_of_both(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """What two profiles were measured on, taken together; what does not add up is `a`'s."""
+    joined = {**b, **a}
+    for name in a.keys() & b.keys():
+        if name == "samples":
+            joined[name] = a[name] + b[name]
+        elif name == "length":
+            joined[name] = max(a[name], b[name])
+        elif name == "tokens":
+            joined[name] = {d: a[name].get(d, 0) + b[name].get(d, 0) for d in {**a[name], **b[name]}}
+        elif name == "sources":
+            joined[name] = list(dict.fromkeys([*a[name], *b[name]]))
+    return joined
 
 
 def _on_domains(stats: Mapping[str, Tensor], have: list[str], want: list[str]) -> dict[str, Tensor]:

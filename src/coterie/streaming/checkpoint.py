@@ -8,6 +8,7 @@ the checkpoint is opened, so that a truncated shard is reported before any work.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -42,6 +43,7 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _MAX_HEADER = 256 * 2**20
+_MAX_SIZE = 2**48  # of a dimension or an offset: beyond any disk, and small enough that products stay integers
 _READAHEAD = 128 * 2**10  # the most one fadvise call is honoured for with default kernel settings
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -141,7 +143,7 @@ class Checkpoint:
         info = self.tensors[key]
         tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype]) if out is None else out
         if info.nbytes:
-            view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            view = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
             done = 0
             while done < info.nbytes:
                 count = os.preadv(self._descriptor(info.file), [view[done : done + 2**30]], info.begin + done)
@@ -171,7 +173,7 @@ class Checkpoint:
             os.posix_fadvise(self._descriptor(info.file), info.begin, info.nbytes, os.POSIX_FADV_DONTNEED)
 
     def digest(self) -> str:
-        """Identity of the checkpoint: config, all tensor names, shapes and places, and samples of every shard's bytes."""
+        """Identity of the checkpoint: config, names, shapes and places of all tensors, samples of every shard's bytes."""
         sha = hashlib.sha256(json.dumps(self.raw_config, sort_keys=True).encode())
         for info in self.tensors.values():
             sha.update(f"{info.key} {info.dtype} {info.shape} {info.file.name} {info.begin}".encode())
@@ -230,7 +232,7 @@ def read_header(file: Path) -> list[TensorInfo]:
             header = json.loads(stream.read(length))
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, numbers of thousands of digits
         raise CheckpointError(f"{file.name} has a damaged header: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file.name} has a damaged header")
@@ -239,12 +241,15 @@ def read_header(file: Path) -> list[TensorInfo]:
     for key, entry in header.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+            whole = all(isinstance(n, int) and 0 <= n < _MAX_SIZE for n in (*shape, begin, end))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file.name}: damaged entry for tensor {key!r}") from error
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise CheckpointError(f"{file.name}: tensor {key!r} has the unknown dtype {dtype!r}")
-        if not whole or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        known = (
+            whole and math.prod(n or 1 for n in shape) < 2**63
+        )  # torch cannot hold more, even where a 0 is among them
+        if not known or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
             raise CheckpointError(f"{file.name}: tensor {key!r} has a size that does not fit its shape {list(shape)}")
         if data + end > size:
             raise CheckpointError(
@@ -253,7 +258,7 @@ def read_header(file: Path) -> list[TensorInfo]:
             )
         infos.append(TensorInfo(key, file, dtype, shape, data + begin, data + end))
     infos.sort(key=lambda info: info.begin)
-    for one, two in zip(infos, infos[1:], strict=False):
+    for one, two in itertools.pairwise(infos):
         if one.end > two.begin:
             raise CheckpointError(f"{file.name}: tensors {one.key!r} and {two.key!r} overlap")
     return infos
@@ -299,7 +304,7 @@ def _json(file: Path, hint: str) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file.parent} has no {file.name}", hint) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file.name} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file.name} is not a JSON object")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -112,7 +112,7 @@ class States:
             raise OutputError(f"cannot keep hidden states in {self.folder}: {error}") from error
 
     def commit(self, layer: int) -> None:
-        """All outputs of `layer` are stored: from now on a restart goes on after it. The previous layer's are dropped."""
+        """All outputs of `layer` are stored: a restart goes on after it. The previous layer's are dropped."""
         assert self.folder is not None
         target = self.folder / f"after-{layer:04d}"
         (self.folder / "building").rename(target)
@@ -186,7 +186,7 @@ def sweep(
     states: States | None = None,
     first: int = 0,
     progress: Progress | None = None,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Yield each decoder layer in turn, in memory, with the batches before its door.
 
     Parameters
@@ -211,7 +211,7 @@ def sweep(
     def door(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def at_the_door(*args: Any, **kwargs: Any) -> Any:
             nonlocal keepable
-            number: int = getcurrent().number  # type: ignore[attr-defined]
+            number: int = getcurrent().number
             if index < first:  # already done in an earlier run: nothing but the last one's output matters
                 return states.restore(first - 1, number, streamed.device)
             hidden = args[0] if args else kwargs["hidden_states"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from coterie.anatomy import decoder_layers, moe_layers
+from coterie.anatomy import MoELayer, decoder_layers, moe_layers
 from coterie.anatomy.architectures import model_class_of
 from coterie.errors import CheckpointError, CoterieError, UsageError
 from coterie.experts import forward as experts_forward
@@ -42,7 +42,7 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16
 def choose_compute_dtype(name: str, device: str, stored: torch.dtype) -> torch.dtype:
     """The dtype activations are computed in.
 
-    "auto" is float32 on a CPU (narrow matrix products are slower there, see benchmarks/compute_dtype.py, and a plan
+    "auto" is float32 on a CPU (narrow matrix products are slower there, see benchmarks/cpu_choices.py, and a plan
     must not depend on a timing) and the checkpoint's own dtype on an accelerator.
     """
     if name == "auto":
@@ -56,18 +56,20 @@ def read_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
     """The checkpoint's config as transformers reads it. Raises CheckpointError where that fails or makes no sense."""
     raw = checkpoint.raw_config
     if raw.get("auto_map") and not trust_remote_code:
-        known = raw.get("model_type") in _known_model_types()
+        known = str(raw.get("model_type")) in _known_model_types()
         if not known:
             raise CheckpointError(
                 f"{checkpoint.folder.name} needs code that comes with the checkpoint",
                 "Read that code first; pass --trust-remote-code if you trust it.",
             )
-    if "quantization_config" in raw:
-        method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
+    if quantized := next(_entries(raw, "quantization_config"), None):
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
         raise CheckpointError(
             f"{checkpoint.folder.name} is quantized ({method}); only 16 and 32 bit checkpoints can be streamed",
             "Start from the unquantized checkpoint and quantize the result.",
         )
+    for depth in _entries(raw, "num_hidden_layers"):
+        _check_depth(depth, checkpoint)  # before config classes make lists of that length
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         depth = config.get_text_config(decoder=True).num_hidden_layers
@@ -75,12 +77,25 @@ def read_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
         raise
     except Exception as error:  # config classes raise anything from KeyError to their own validation errors
         raise CheckpointError(f"config.json cannot be used: {_one_line(error)}") from error
+    _check_depth(depth, checkpoint)
+    return config
+
+
+def _entries(raw: dict[str, Any], name: str) -> Iterator[Any]:
+    """Values of `name` in a raw config and in the configs nested in it, as multimodal checkpoints have them."""
+    if raw.get(name) is not None:
+        yield raw[name]
+    for key, nested in raw.items():
+        if key.endswith("_config") and key != name and isinstance(nested, dict) and nested.get(name) is not None:
+            yield nested[name]
+
+
+def _check_depth(depth: Any, checkpoint: Checkpoint) -> None:
     if not isinstance(depth, int) or not 0 < depth <= len(checkpoint.tensors):
         raise CheckpointError(
             f"config.json claims {depth} layers, the checkpoint has {len(checkpoint.tensors)} tensors",
             "Config and weights do not belong together.",
         )
-    return config
 
 
 class StreamedModel:
@@ -134,6 +149,8 @@ class StreamedModel:
         self.fused = fused_layouts(checkpoint, self.params, shapes, self.mapping)
         self._reusable: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
         self.moe = {layer.index: layer for layer in moe_layers(self.model)}
+        for moe_layer in self.moe.values():
+            _check_routing(moe_layer)
         self.layer_keys: list[list[str]] = [[] for _ in self.layers]
         self.outer_keys: list[str] = []
         for key, param in self.params.items():
@@ -242,7 +259,7 @@ class StreamedModel:
                     module._parameters[key] = nn.Parameter(param.to("meta"), requires_grad=False)
 
     def load_layer(self, index: int) -> nn.Module:
-        """Bring decoder layer `index` into memory and return it. Raises CheckpointError on unreadable or NaN weights."""
+        """Bring decoder layer `index` into memory. Raises CheckpointError on unreadable or NaN weights."""
         self._stop_prefetch()
         self._load(self.layer_keys[index])
         layer = self.layers[index]
@@ -279,7 +296,8 @@ class StreamedModel:
 
     def checkpoint_tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters by model name, as the tensors a checkpoint of this family would hold. Works on meta tensors."""
-        return revert_weight_conversion(self.model, state)
+        tensors: dict[str, Tensor] = revert_weight_conversion(self.model, state)
+        return tensors
 
     def keys_of(self, params: Iterable[str]) -> list[str]:
         """Checkpoint keys that make up the given parameters."""
@@ -328,7 +346,7 @@ class StreamedModel:
         for param in self.fused:
             if param.startswith(prefix):
                 value = self.model.get_parameter_or_buffer(param).detach()
-                E, rows, _ = value.shape
+                E = value.shape[0]
                 if E == len(self.fused[param].keys) and value.device.type == "cpu" and not value.is_meta:
                     self._reusable[(param.rpartition(".")[2], value.shape, value.dtype)] = value
 
@@ -358,15 +376,15 @@ class StreamedModel:
         return self.compute_dtype
 
     def _on_read(self, key: str, tensor: Tensor) -> None:
-        if not self.allow_nonfinite and tensor.dtype in _EXPONENT and tensor.numel():
-            if not all_finite(tensor):
-                bad = int((~torch.isfinite(tensor)).sum())
-                error = CheckpointError(
-                    f"{key} holds {bad} NaN or Inf weights of {tensor.numel()}",
-                    "The checkpoint is damaged; --allow-nonfinite goes on regardless.",
-                )
-                self._errors.append(error)
-                return
+        checked = not self.allow_nonfinite and tensor.dtype in _EXPONENT and tensor.numel() > 0
+        if checked and not all_finite(tensor):
+            bad = int((~torch.isfinite(tensor)).sum())
+            error = CheckpointError(
+                f"{key} holds {bad} NaN or Inf weights of {tensor.numel()}",
+                "The checkpoint is damaged; --allow-nonfinite goes on regardless.",
+            )
+            self._errors.append(error)
+            return
         if self.on_read is not None:
             try:
                 self.on_read(key, tensor)
@@ -386,7 +404,9 @@ class StreamedModel:
             if not pending:
                 continue
             for name in pending:
-                module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
+                template = module._buffers[name]
+                assert template is not None
+                module._buffers[name] = torch.empty_like(template, device=self.device)
             path = names[id(module)]
             while not isinstance(paths[path], PreTrainedModel):
                 path = path.rpartition(".")[0]
@@ -423,6 +443,21 @@ class _MetaSlice:
 
     def get_dtype(self) -> str:
         return str(self._tensor.dtype)
+
+
+def _check_routing(layer: MoELayer) -> None:
+    """Numbers of a config that no tensor's shape contradicts, but that no router can work with."""
+    E, where = layer.num_experts, f"in layer {layer.index}"
+    counts = {
+        n: v for n in ("num_group", "n_group", "topk_group") if isinstance(v := getattr(layer.router, n, None), int)
+    }
+    if not 0 < layer.top_k <= E:
+        raise CheckpointError(f"config.json has the router {where} pick {layer.top_k} of {E} experts per token")
+    if min(counts.values(), default=1) < 1 or E % layer.groups or layer.groups_used > layer.groups:
+        told = ", ".join(f"{name}={value}" for name, value in counts.items())
+        raise CheckpointError(
+            f"config.json has the router {where} split {E} experts into groups that do not work: {told}"
+        )
 
 
 def _on_meta(tensor: Tensor | None) -> bool:

@@ -7,10 +7,12 @@ when the run was killed. Work happens in `OUT.partial`; the final name appears b
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterable, Sequence
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from coterie.errors import OutputError, UsageError
@@ -59,10 +62,10 @@ class Workspace:
     """
 
     def __init__(self, out: Path, job: dict[str, Any], *, overwrite: bool = False) -> None:
-        self.out, self.overwrite = out, overwrite
+        check_place(out, overwrite=overwrite)
+        self.overwrite = overwrite
+        self.out = out = Path(os.path.realpath(out))  # behind a link, so that the rename at the end replaces the folder
         self.folder = out.with_name(out.name + ".partial")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-            raise OutputError(f"{out} exists and is not empty", "Choose another name, or pass --overwrite.")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
@@ -74,12 +77,13 @@ class Workspace:
         except OSError as error:
             raise OutputError(f"another run is writing {out}", "Wait for it, or choose another name.") from error
         self.resumed = self._claim(json.loads(json.dumps(job)))
+        self._mend_journal()
 
     def _claim(self, job: dict[str, Any]) -> bool:
         file = self.folder / "job.json"
         try:
             before = json.loads(file.read_text()) if file.exists() else None
-        except json.JSONDecodeError:
+        except ValueError:
             before = None
         if before == job:
             return True
@@ -96,15 +100,29 @@ class Workspace:
         return False
 
     def journal(self) -> list[dict[str, Any]]:
-        """Finished steps, oldest first; a line that was cut off by a crash does not count."""
-        file, lines = self.folder / "journal.jsonl", []
+        """Finished steps, oldest first; a line that was cut off by a crash does not count, nor do any behind it."""
+        return [step for step, _ in self._journal_lines()]
+
+    def _journal_lines(self) -> list[tuple[dict[str, Any], int]]:
+        """(step, bytes up to and with its line) of every whole line."""
+        file, lines, end = self.folder / "journal.jsonl", [], 0
         if file.exists():
             for line in file.read_bytes().split(b"\n")[:-1]:
+                end += len(line) + 1
                 try:
-                    lines.append(json.loads(line))
-                except json.JSONDecodeError:
+                    step = json.loads(line)
+                except ValueError:
                     break
+                if not isinstance(step, dict):
+                    break
+                lines.append((step, end))
         return lines
+
+    def _mend_journal(self) -> None:
+        """Cut a damaged end off, so that the next line does not become part of it."""
+        file, lines = self.folder / "journal.jsonl", self._journal_lines()
+        if file.exists() and file.stat().st_size != (end := lines[-1][1] if lines else 0):
+            os.truncate(file, end)
 
     def record(self, step: dict[str, Any]) -> None:
         """Append a finished step; on return it survives a crash of the process and of the machine."""
@@ -118,14 +136,20 @@ class Workspace:
 
     def publish(self, keep: Sequence[str]) -> None:
         """Give the finished folder its name, holding just the files named in `keep`."""
+        # the job's identity goes first: killed from here on, the next run must not go on with what is left of the rest
+        (self.folder / "job.json").unlink()
+        _sync(self.folder)
         for entry in self.folder.iterdir():
             if entry.name not in keep:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         _sync(self.folder)
+        aside = self.out.with_name(self.out.name + ".replaced")
+        shutil.rmtree(aside, ignore_errors=True)
         if self.out.exists():
-            shutil.rmtree(self.out) if any(self.out.iterdir()) else self.out.rmdir()
+            self.out.rename(aside)  # it is deleted only when the new one has its name
         self.folder.rename(self.out)
         _sync(self.out.parent)
+        shutil.rmtree(aside, ignore_errors=True)
         self._lock.close()
 
     def close(self) -> None:
@@ -138,8 +162,46 @@ class Workspace:
     def __enter__(self) -> Workspace:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.close()
+        number = _disk_errno(error)
+        if number is not None:
+            raise disk_error(OSError(number, os.strerror(number)), self.folder) from error
+
+
+def check_place(out: Path, *, overwrite: bool = False, source: Path | None = None) -> None:
+    """Raise OutputError unless a folder can be written to `out`, and UsageError if that would hurt `source`.
+
+    Cheap enough to be asked before hours of work.
+    """
+    here = Path(os.path.realpath(out))
+    if source is not None:
+        model = Path(os.path.realpath(source))
+        if here == model or here in model.parents or model in here.parents:
+            raise UsageError(
+                f"writing {out} would overwrite the model {source} or end inside it", "Choose another folder."
+            )
+    if here.exists() and not here.is_dir():
+        raise OutputError(f"{out} is a file, and a folder is to be written", "Choose another name.")
+    if here.exists() and any(here.iterdir()) and not overwrite:
+        raise OutputError(f"{out} exists and is not empty", "Choose another name, or pass --overwrite.")
+    above = next(place for place in here.parents if place.exists())
+    if not above.is_dir():
+        raise OutputError(f"cannot write to {out.parent}: {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write to {out.parent}: no permission in {above}")
+
+
+def _disk_errno(error: BaseException | None) -> int | None:
+    """The errno of a failed write to a full or failing disk that nobody has given words to; None for all else."""
+    if isinstance(error, OSError):
+        number = error.errno
+    else:  # safetensors says it in the text of its own exception only
+        found = (
+            re.search(r"\bos error (\d+)\b|\bcode: (\d+)\b", str(error)) if isinstance(error, SafetensorError) else None
+        )
+        number = int(found[1] or found[2]) if found else None
+    return number if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS) else None
 
 
 class ShardWriter:
@@ -237,7 +299,7 @@ class ShardWriter:
         if tuple(tensor.shape) != place.shape or DTYPE_NAMES[tensor.dtype] != place.dtype:
             raise ValueError(f"{key}: {tensor.dtype} {tuple(tensor.shape)} where {place.dtype} {place.shape} belongs")
         if place.nbytes:
-            data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
             self.write_bytes(key, data, 0)
         with self._mutex:
             self._written.add(key)
@@ -302,20 +364,24 @@ def write_json(file: Path, value: Any) -> None:
             stream.write("\n")
         building.replace(file)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            building.unlink(missing_ok=True)
         raise disk_error(error, file.parent) from error
 
 
-def parse_size(text: str) -> int:
-    """Bytes in "12GB", "500 MB", "8GiB" or a plain number. Raises UsageError."""
+def parse_size(text: str, *, least: int = 1) -> int:
+    """Bytes in "12GB", "500 MB", "8GiB" or a plain number. Raises UsageError, also for less than `least`."""
     units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
     units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
     digits = text.strip().lower().rstrip("bikmgt ").strip()
     unit = text.strip().lower()[len(digits) :].strip()
     try:
-        value = float(digits) * units[unit]
-    except (ValueError, KeyError):
-        raise UsageError(f"cannot read the size {text!r}", "Write it like 12GB, 500MB or 8GiB.") from None
-    return int(value)
+        value = int(float(digits) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        value = -1
+    if value < least:
+        raise UsageError(f"cannot read the size {text!r}", "Write it like 12GB, 500MB or 8GiB.")
+    return value
 
 
 def _sync(folder: Path) -> None:

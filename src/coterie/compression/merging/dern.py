@@ -2,7 +2,6 @@
 
 For someone who prunes half of the experts of a coarse model and does not want to lose what the dropped ones knew.
 Per layer, R the kept and P the dropped experts, m neurons each; z_j = (gate row, up row, down column) is a segment:
-
 1. s_i = mean over tokens of the weight the router applied to expert i (soft frequency). R = the largest; any other
    pruning method can choose R instead (`selector`), s_i then only weighs the means below.
 2. Each segment of P goes to the kept expert with the most similar single segment,
@@ -20,9 +19,8 @@ centres (with neither, taking in a copy of oneself ruins an expert; `init="paper
 keeps its rows of R; `router` has the other readings of the paper's soft redistribution. Neurons are written in the
 order of their first centres, which changes no output. Without a gate, phi has no gate part and the up row takes the
 gate's place in choosing centres. Gate and up biases travel with their segment, take no part in cosines and norms, and
-are averaged with the segment's coefficients, norm factor included; the down bias of a kept expert stays.
-Not in the paper: `init="own"`, where moved segments join the kept expert's neurons and never displace one. Between
-experts that have little in common it does far less harm.
+are averaged with the segment's coefficients, norm factor included; the down bias of a kept expert stays. Not in the
+paper: `init="own"`, where moved segments join neurons and never displace one; milder where experts differ much.
 
 Memory beyond the experts themselves, in float32 numbers: stage 2 (2 max(chunk, m) + 2 m) F + chunk * m, F = H times the
 number of sim_parts; stage 3, one kept expert at a time, 9 n_r H + 2 n_r m, where n_r is m N / K on average and at most
@@ -152,7 +150,7 @@ class Dern(Method):
             merged = receivers = iterations = 0
             for slot, r in enumerate(keep):
                 rows = {i: n for i, home_I in zip(drop, home_PI) if len(n := (home_I == slot).nonzero()[:, 0])}
-                if rows:
+                if rows:  # its own segments first, then those that arrived
                     rows = {r: torch.arange(experts.intermediate_size, device=home_PI.device)} | rows
                     segments = Segments.join([Segments.of(experts.read(i), row_N) for i, row_N in rows.items()])
                     omega_N = torch.cat([importance_E[i].expand(len(row_N)) for i, row_N in rows.items()])
@@ -229,11 +227,11 @@ class Dern(Method):
         return importance_E
 
     def _check(self, experts: ExpertBank, plan: LayerPlan) -> None:
-        if self.weights == "importance" and len(plan.extra.get("importance", ())) != experts.num_experts:
-            raise UsageError(
-                f"{plan.name}: the plan lacks an importance for each of the {experts.num_experts} experts",
-                "Make the plan with method dern, or set weights=uniform.",
-            )
+        importance = plan.extra.get("importance")
+        usable = isinstance(importance, list) and all(isinstance(v, int | float) for v in importance)
+        if self.weights == "importance" and not (usable and len(importance or ()) == experts.num_experts):
+            lacking = f"{plan.name}: the plan lacks an importance for each of the {experts.num_experts} experts"
+            raise UsageError(lacking, "Make the plan with method dern, or set weights=uniform.")
         if self.sim_parts == ("gate",) and not experts.has_gate:
             raise ModelError(f"{plan.name}: sim_parts=gate, but the experts have no gate", "Use up, down or both.")
         # GPT-OSS clamps up and adds one; without a gate the activation sits on up: neither can be rescaled

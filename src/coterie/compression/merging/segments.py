@@ -146,12 +146,11 @@ def first_distinct(order_N: Tensor, unit_NF: Tensor, count: int, tolerance: floa
     while len(taken) < count and len(order_N):
         missing = count - len(taken)
         block, order_N = order_N[:missing], order_N[missing:]
-        twin = (unit_NF[block] @ unit_NF[taken].T > 1 - tolerance).any(dim=1)
-        passed, block = torch.cat([passed, block[twin]]), block[~twin]
+        block = block[~(unit_NF[block] @ unit_NF[taken].T > 1 - tolerance).any(dim=1)]
         earlier_twin = (unit_NF[block] @ unit_NF[block].T > 1 - tolerance).tril(diagonal=-1)
         # "no earlier row that is itself taken is a twin": iterating settles the rows from the front,
         # and stops after as many rounds as the longest chain of twins
-        take = torch.ones_like(twin[: len(block)])
+        take = torch.ones_like(block, dtype=torch.bool)
         while not torch.equal(update := ~(earlier_twin & take).any(dim=1), take):
             take = update
         passed, taken = torch.cat([passed, block[~take]]), torch.cat([taken, block[take]])

@@ -19,7 +19,7 @@ from coterie.profiling.profile import LayerProfile
 class Random(Method):
     """Keep random experts (control)."""
 
-    seed: int = Field(0, ge=0, description="Seed of the draw; each layer draws its own numbers.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the draw; each layer draws its own numbers.")
 
     def score(self, layer: LayerProfile) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + layer.index)
