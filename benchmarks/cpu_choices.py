@@ -1,7 +1,7 @@
 """The two choices Coterie makes for CPUs, measured here: float32 products, and threads that sleep while they wait.
 
-1. Matrix products of an expert's shape in float32 and bfloat16, in one run. Storage stays bfloat16 either way; what is
-   compared is product plus, for float32, widening the weights first. A ratio above 1 means float32 is faster.
+1. Matrix products of an expert's shape in float32 and bfloat16, in one run. Storage stays bfloat16 either way;
+   compared are the products and, for float32, widening the weights first. A ratio above 1 means float32 is faster.
 2. A small `coterie compress` in its own process with OMP_WAIT_POLICY=ACTIVE and PASSIVE, order A B B A, alone and beside
    a process that keeps one core busy. CPU seconds count: spinning threads burn what other work needs.
 
@@ -86,7 +86,9 @@ def waiting(threads: int) -> None:
         mean = {p: statistics.mean(s for q, s in found if q == p) for p in ("ACTIVE", "PASSIVE")}
         beside = "alone" if not busy else "beside a busy process"
         ratio = mean["ACTIVE"] / mean["PASSIVE"]
-        print(f"{beside:>22}: ACTIVE {mean['ACTIVE']:.1f} CPU s, PASSIVE {mean['PASSIVE']:.1f} CPU s, ratio {ratio:.2f}")
+        print(
+            f"{beside:>22}: ACTIVE {mean['ACTIVE']:.1f} CPU s, PASSIVE {mean['PASSIVE']:.1f} CPU s, ratio {ratio:.2f}"
+        )
 
 
 def main() -> None:

@@ -121,20 +121,14 @@ def profile(
     out: str | None = None,
     observers: Sequence[str | type[Observer]] = (),
     methods: Sequence[str] = (),
-    tokens: str | None = None,
-    tokenizer: str | None = None,
-    samples: int = SAMPLES,
-    length: int = LENGTH,
-    batch_size: int | None = None,
-    pack: bool = True,
-    seed: int = 0,
     overwrite: bool = False,
     runtime: Runtime | None = None,
     progress: Progress | None = None,
+    **text: Any,
 ) -> Profile:
     """What every MoE layer does on text. Without `observers` or `methods`, all statistics are recorded.
 
-    Returns the profile; with `out` it is also written there.
+    Returns the profile; with `out` it is also written there. Keywords beyond these are `calibration`'s: samples, ...
     """
     runtime = runtime or Runtime()
     wanted: list[type[Observer]] = []
@@ -146,18 +140,7 @@ def profile(
         wanted += get_method(method).observes()
     if out is not None:
         check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
-    samples_in = calibration(
-        model,
-        data,
-        tokens=tokens,
-        tokenizer=tokenizer,
-        samples=samples,
-        length=length,
-        batch_size=batch_size,
-        pack=pack,
-        seed=seed,
-        runtime=runtime,
-    )
+    samples_in = calibration(model, data, runtime=runtime, **text)
     if samples_in is None:
         raise UsageError("profiling needs text", "Name some with --data.")
     streamed = runtime.open(model)
@@ -214,6 +197,9 @@ def plan(
     return result
 
 
+_TEXT = ("tokens", "tokenizer", "samples", "length", "batch_size", "pack")  # of what `calibration` takes
+
+
 def _request(
     model: str,
     runtime: Runtime,
@@ -224,21 +210,17 @@ def _request(
     profile: str | Profile | None = None,
     plan: str | Plan | None = None,
     propagate: bool = False,
-    tokens: str | None = None,
-    tokenizer: str | None = None,
-    samples: int = SAMPLES,
-    length: int = LENGTH,
-    batch_size: int | None = None,
-    pack: bool = True,
     seed: int = 0,
-    **budget: Any,
+    **options: Any,
 ) -> dict[str, Any]:
     """What `compression.compress` takes, from names and files. Everything a user can get wrong is found here."""
+    text = {name: options.pop(name) for name in _TEXT if name in options}
+    budget = {name: value for name, value in options.items() if value is not None}
     ready_plan = Plan.load(Path(plan)) if isinstance(plan, str) else plan
     ready_profile = Profile.load(Path(profile)) if isinstance(profile, str) else profile
     if ready_plan is not None and (budget or ready_profile):
         raise UsageError("a plan already says what stays: give it alone, without a budget or a profile")
-    if ready_profile is not None and (data or tokens):
+    if ready_profile is not None and (data or text.get("tokens")):
         given = "--data" if data else "--tokens"
         raise UsageError(f"--profile and {given} both say what experts are judged by", "Give one of them.")
     chosen = plan_method(ready_plan) if ready_plan else get_method(method, parameters)
@@ -246,18 +228,7 @@ def _request(
     how_much = None if ready_plan else budget_of(streamed, **budget)
     found = None
     if ready_plan is None and ready_profile is None and chosen.observes():
-        found = calibration(
-            model,
-            data,
-            tokens=tokens,
-            tokenizer=tokenizer,
-            samples=samples,
-            length=length,
-            batch_size=batch_size,
-            pack=pack,
-            seed=seed,
-            runtime=runtime,
-        )
+        found = calibration(model, data, seed=seed, runtime=runtime, **text)
     if found is not None:
         check_ids(found, _vocabulary(streamed))
     return {
@@ -354,31 +325,19 @@ def evaluate(
     models: Sequence[str],
     data: Sequence[str] = (),
     *,
-    tokens: str | None = None,
-    tokenizer: str | None = None,
     samples: int = 64,
-    length: int = LENGTH,
-    batch_size: int | None = None,
-    pack: bool = True,
     seed: int = 0,
     runtime: Runtime | None = None,
     progress: Progress | None = None,
+    **text: Any,
 ) -> list[ModelResult]:
-    """Loss and perplexity of every model on text and, for all but the first, KL to and agreement with the first."""
+    """Loss and perplexity of every model on text and, for all but the first, KL to and agreement with the first.
+
+    Keywords beyond these are `calibration`'s: length, tokens, ...
+    """
     runtime = runtime or Runtime()
     names = [models] if isinstance(models, str) else list(models)
-    found = calibration(
-        names[0],
-        data,
-        tokens=tokens,
-        tokenizer=tokenizer,
-        samples=samples,
-        length=length,
-        batch_size=batch_size,
-        pack=pack,
-        seed=seed,
-        runtime=runtime,
-    )
+    found = calibration(names[0], data, samples=samples, seed=seed, runtime=runtime, **text)
     if found is None:
         raise UsageError("evaluation needs text", "Name some with --data.")
     opened = [(name, runtime.open(name)) for name in names]

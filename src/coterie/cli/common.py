@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 console = Console(width=None if sys.stdout.isatty() else 160)  # files and pipes have no width of their own
-notes = Console(stderr=True)
+notes = Console(stderr=True, width=None if sys.stderr.isatty() else 160)
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,9 @@ def emit_json(value: Any) -> None:
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, left: int = 1) -> None:
     """A table on standard output; the first `left` columns are text, the others numbers."""
-    grid = Table(
-        title=title or None, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
-    )
+    if title:
+        console.print(title, style="bold", highlight=False, markup=False)
+    grid = Table(header_style="bold", box=None, pad_edge=False, show_header=any(columns))
     for number, column in enumerate(columns):
         grid.add_column(column, justify="left" if number < left else "right", overflow="fold")
     for row in rows:

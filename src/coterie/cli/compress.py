@@ -60,6 +60,7 @@ def compress(
     began = time.monotonic()
     runtime = common.runtime()
     from coterie import api
+    from coterie.compression.forecast import redundancy
     from coterie.streaming.writer import check_place
 
     _refuse_contradictions(context, plan=plan, recipe=recipe)
@@ -96,7 +97,11 @@ def compress(
     if recipe is not None:
         also = ("tokens", "tokenizer", "batch_size", "pack")  # how the recipe's text is read, not what is done
         request = api.recipe_request(recipe, {k: request[k] for k in also if _was_given(context, k)})
-    first_layer: list[Any] = []
+
+    def forecast_first_layer(layer: Any, layer_plan: Any) -> None:
+        """Printed while the sweep runs: what the first MoE layer says about the budget."""
+        if not common.json:
+            _show_redundancy(redundancy({layer.index: layer}, {layer.index: layer_plan}), "first MoE layer")
 
     if not dry_run:
         check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
@@ -116,13 +121,11 @@ def compress(
             progress=bar,  # type: ignore[arg-type]
             shard_size=shard_size,
             overwrite=overwrite,
-            on_first_layer=lambda layer, layer_plan: first_layer.append((layer, layer_plan)),
+            on_first_layer=forecast_first_layer,
             **request,
         )
     for text_warning in result.warnings:
         warn(text_warning)
-    from coterie.compression.forecast import redundancy
-
     figures = redundancy(result.layers, {layer.index: layer for layer in result.plan.layers})
     if figures["warning"]:
         warn(figures["warning"])
@@ -169,7 +172,9 @@ def _refuse_contradictions(context: typer.Context, *, plan: str | None, recipe: 
     decided = (*_DECIDED, "recipe", "tokens", "batch_size", "pack") if plan is not None else _DECIDED
     if names := [name for name in decided if _was_given(context, name)]:
         options = ", ".join("--set" if name == "parameters" else "--" + name.replace("_", "-") for name in names)
-        raise UsageError(f"{chosen} already says what is to be done: {options} would be ignored", f"Leave out {options}.")
+        raise UsageError(
+            f"{chosen} already says what is to be done: {options} would be ignored", f"Leave out {options}."
+        )
 
 
 def _write_report(out: str, quality: list[Any], result: Any, figures: dict[str, Any], elapsed: float) -> None:
@@ -194,10 +199,14 @@ def _show_forecast(ahead: Any, common: Common) -> None:
         f" reads {gigabytes(ahead.bytes_to_read)} in {ahead.sweeps} sweep{'s' if ahead.sweeps > 1 else ''}{seconds}"
     )
     if ahead.redundancy:
-        shown = {k: v for k, v in ahead.redundancy.items() if isinstance(v, float)}
-        say("first MoE layer: " + ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in shown.items()))
-        if ahead.redundancy.get("warning"):
-            warn(ahead.redundancy["warning"])
+        _show_redundancy(ahead.redundancy, "first MoE layer")
+
+
+def _show_redundancy(figures: dict[str, Any], where: str) -> None:
+    shown = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in figures.items() if isinstance(value, float)]
+    say(f"{where}: {', '.join(shown)}")
+    if figures.get("warning"):
+        warn(figures["warning"])
 
 
 def _show_result(result: Any, out: str, elapsed: float, report: bool) -> None:

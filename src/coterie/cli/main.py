@@ -59,7 +59,7 @@ def main() -> None:
     """Run the command line; what a user caused ends as one message and an exit code, never as a traceback."""
     sys.argv[1:] = verb_first(sys.argv[1:])
     try:
-        app()
+        app(prog_name="coterie")
     except CoterieError as error:
         name = next((a for a in sys.argv[1:] if not a.startswith("-")), "")
         notes.print(f"coterie {name}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)

@@ -205,7 +205,7 @@ def select_global(scores: Mapping[int, Tensor], moe: Mapping[int, MoELayer], bud
         _check_scores(scores[index], layer)
         if not torch.isfinite(scores[index]).all() or scores[index].min() < 0:
             raise UsageError(
-                f"layer {index}: its scores are not all finite and positive or zero, and cannot be compared between layers",
+                f"layer {index}: scores that are negative or infinite cannot be compared between layers",
                 "Use --scope uniform with this method.",
             )
         normal_E = scores[index].double() / scores[index].double().sum().clamp(min=1e-30)

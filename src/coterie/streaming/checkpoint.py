@@ -173,7 +173,7 @@ class Checkpoint:
             os.posix_fadvise(self._descriptor(info.file), info.begin, info.nbytes, os.POSIX_FADV_DONTNEED)
 
     def digest(self) -> str:
-        """Identity of the checkpoint: config, names, shapes and places of all tensors, samples of every shard's bytes."""
+        """Identity of the checkpoint: config, names, shapes and places of tensors, samples of every shard's bytes."""
         sha = hashlib.sha256(json.dumps(self.raw_config, sort_keys=True).encode())
         for info in self.tensors.values():
             sha.update(f"{info.key} {info.dtype} {info.shape} {info.file.name} {info.begin}".encode())

@@ -1,0 +1,91 @@
+"""What reproductions share: the model and text they run on, and the file a result is kept in.
+
+A reproduction states the paper's claim and its rule for a verdict before it runs; the verdict is computed from the
+numbers. By default it runs on the pocket model and the demo texts; a larger trained model and real text make a better
+test of the same claim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coterie import assets
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Reproduction:
+    """One recorded run. `rows` are dicts with the keys of `columns`."""
+
+    slug: str
+    title: str
+    claim: str
+    published: str
+    rule: str
+    columns: list[str]
+    seeds: list[int]
+    setting: dict[str, Any]
+    command: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    verdict: str = "inconclusive"
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def save(self) -> Path:
+        self.versions = {n: importlib.metadata.version(n) for n in ("coterie", "torch", "transformers")}
+        RESULTS.mkdir(exist_ok=True)
+        file = RESULTS / f"{self.slug}.json"
+        file.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        return file
+
+    def show(self) -> None:
+        print(f"{self.title}\nclaim: {self.claim}\npublished: {self.published}\nrule: {self.rule}\n")
+        width = {c: max(len(c), *(len(_text(r[c])) for r in self.rows)) for c in self.columns}
+        for row in [{c: c for c in self.columns}, *self.rows]:
+            print("  ".join(_text(row[c]).ljust(width[c]) for c in self.columns))
+        print(f"\nverdict: {self.verdict}")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def arguments(description: str | None, samples: int = 16, evaluate: int = 24) -> argparse.ArgumentParser:
+    """The options every reproduction has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="trained MoE checkpoint (default: the pocket model)")
+    parser.add_argument("--calibration", nargs="+", help="text files or a folder (default: the demo texts)")
+    parser.add_argument("--evaluation", nargs="+", help="held-out text of the same domains")
+    parser.add_argument("--samples", type=int, default=samples, help="calibration windows per domain")
+    parser.add_argument("--evaluate", type=int, default=evaluate, help="evaluation windows per domain")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    return parser
+
+
+@contextmanager
+def workplace(given: argparse.Namespace) -> Iterator[tuple[str, list[str], list[str], Path]]:
+    """(model, calibration text, evaluation text, scratch folder)."""
+    with tempfile.TemporaryDirectory(prefix="coterie-reproduction-") as name:
+        folder = Path(name)
+        calibration, evaluation = assets.write_demo_texts(folder / "text")
+        yield (
+            given.model or str(assets.pocket()),
+            given.calibration or [str(calibration)],
+            given.evaluation or [str(evaluation)],
+            folder,
+        )
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation over seeds."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
