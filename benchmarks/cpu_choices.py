@@ -2,8 +2,8 @@
 
 1. Matrix products of an expert's shape in float32 and bfloat16, in one run. Storage stays bfloat16 either way;
    compared are the products and, for float32, widening the weights first. A ratio above 1 means float32 is faster.
-2. A small `coterie compress` in its own process with OMP_WAIT_POLICY=ACTIVE and PASSIVE, order A B B A, alone and beside
-   a process that keeps one core busy. CPU seconds count: spinning threads burn what other work needs.
+2. A small `coterie compress` in its own process with OMP_WAIT_POLICY=ACTIVE and PASSIVE, order A B B A, alone and
+   beside a process that keeps one core busy. CPU seconds count: spinning threads burn what other work needs.
 
     python benchmarks/cpu_choices.py [--rows 128 512] [--hidden 2048] [--width 768] [--threads 2]
 """

@@ -135,7 +135,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "topk_group": 1,
         },
     ),
-    "granite-moe": ("GraniteMoeConfig", {**GQA, "intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2}),
+    "granite-moe": (
+        "GraniteMoeConfig",
+        {**GQA, "intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
     "ernie4.5-moe": (
         "Ernie4_5_MoeConfig",
         {
@@ -150,7 +153,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "minimax-m2": (
         "MiniMaxM2Config",
-        {**GQA, "head_dim": 16, "intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "rotary_dim": 8},
+        {
+            **GQA,
+            "head_dim": 16,
+            "intermediate_size": 32,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "rotary_dim": 8,
+        },
     ),
     "hunyuan-v1-moe": (
         "HunYuanMoEV1Config",
@@ -209,7 +219,9 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **chang
     return model.to(dtype)
 
 
-def saved(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16, shard: str | None = None, **changes: Any) -> Path:
+def saved(
+    family: str, folder: Path, dtype: torch.dtype = torch.bfloat16, shard: str | None = None, **changes: Any
+) -> Path:
     """A tiny model as a checkpoint folder with a tokenizer."""
     target = folder / family
     options = {"max_shard_size": shard} if shard else {}

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES, FEW, each_tensor, resident, saved, tiny, token_file, tokens
 from transformers import AutoModelForCausalLM
 
 import coterie
@@ -12,6 +11,7 @@ from coterie.anatomy import moe_layers, select
 from coterie.compression.methods import methods
 from coterie.compression.plan import Plan
 from coterie.profiling.profile import Profile
+from families import FAMILIES, FEW, each_tensor, resident, saved, tiny, token_file, tokens
 
 METHODS = tuple(methods())
 
@@ -96,7 +96,9 @@ def test_propagation_profiles_later_layers_on_changed_inputs(family, tmp_path, i
     first, second = moe_layers(model)[:2]
     keep = result.plan.layers[0].keep
     select(first, keep)
-    model.save_pretrained(tmp_path / "unused")  # the sliced model itself cannot be saved with one count: profile it here
+    model.save_pretrained(
+        tmp_path / "unused"
+    )  # the sliced model itself cannot be saved with one count: profile it here
     from coterie.profiling.observe import LayerObservation
     from coterie.profiling.observers import SelectionCount, WeightedOutputNorm
     from coterie.streaming.lockstep import Batch
@@ -201,7 +203,7 @@ def test_a_global_budget_ranks_over_layers_in_two_sweeps(tmp_path, ids):
 def test_protected_experts_stay(tmp_path, ids):
     folder = saved("mixtral", tmp_path)
     free = compress(folder, tmp_path / "free", ids)
-    dropped = [e for e in range(8) if e not in free.plan.layers[1].keep][0]
+    dropped = next(e for e in range(8) if e not in free.plan.layers[1].keep)
     held = compress(folder, tmp_path / "held", ids, protect=[f"1:{dropped}"])
     assert dropped in held.plan.layers[1].keep
     assert len(held.plan.layers[1].keep) == 4

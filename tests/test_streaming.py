@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from families import FAMILIES, FEW, resident, saved, tokens
 
 from coterie.evaluation.compare import logits
 from coterie.streaming.checkpoint import Checkpoint
 from coterie.streaming.lockstep import Batch, States, sweep
 from coterie.streaming.model import StreamedModel
+from families import FAMILIES, FEW, resident, saved, tokens
 
 
 def streamed_logits(folder, batches, states=None, compute_dtype="float32", again=False):
@@ -69,7 +69,9 @@ def test_bfloat16_compute_equals_the_resident_model_in_bfloat16(family, tmp_path
 def test_layers_are_on_meta_before_and_after_their_turn(tmp_path):
     streamed = StreamedModel(Checkpoint.open(saved("qwen3-moe", tmp_path)))
     for step in sweep(streamed, [Batch(tokens())]):
-        resident_layers = [i for i, l in enumerate(streamed.layers) if not any(p.is_meta for p in l.parameters())]
+        resident_layers = [
+            i for i, layer in enumerate(streamed.layers) if not any(p.is_meta for p in layer.parameters())
+        ]
         assert resident_layers == [step.index]
         step.run()
     assert all(p.is_meta for layer in streamed.layers for p in layer.parameters())

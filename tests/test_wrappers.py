@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import transformers
-from families import each_tensor, token_file, tokens
 
 import coterie
 from coterie.anatomy import moe_layers, select
@@ -14,6 +13,7 @@ from coterie.experts.forward import NAME
 from coterie.streaming.checkpoint import Checkpoint
 from coterie.streaming.lockstep import Batch, sweep
 from coterie.streaming.model import StreamedModel
+from families import each_tensor, token_file, tokens
 
 TEXT = {
     "vocab_size": 512,

@@ -52,7 +52,6 @@ class Runtime:
         _check_device(self.device)
         if self.threads:
             torch.set_num_threads(self.threads)
-        torch.set_flush_denormal(True)  # denormals slow CPU matrix products several times and carry nothing
         if self.offline:
             import os
 

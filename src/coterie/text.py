@@ -85,7 +85,7 @@ def load_data(
     """
     documents: dict[str, list[str]] = {}
     for source in sources:
-        for domain, text in read_documents(source):
+        for domain, text in read_documents(source, enough=20 * samples * length):  # about five times what is needed
             if text.strip():
                 documents.setdefault(domain, []).append(text)
     if not documents:
@@ -161,8 +161,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(f"the tokenizer of {folder} cannot be loaded: {error}", hint) from error
 
 
-def read_documents(source: str) -> Iterator[tuple[str, str]]:
-    """(domain, text) of every document of a file, a folder or a dataset."""
+def read_documents(source: str, enough: int = 10**9) -> Iterator[tuple[str, str]]:
+    """(domain, text) of every document of a file or a folder; of a dataset, until `enough` characters were read."""
     path = Path(source).expanduser()
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES))
@@ -175,7 +175,7 @@ def read_documents(source: str) -> Iterator[tuple[str, str]]:
     elif source.startswith((".", "/", "~")) or source.endswith(SUFFIXES):
         raise DataError(f"no file or folder {source}")
     else:
-        yield from _read_dataset(source)
+        yield from _read_dataset(source, enough)
 
 
 def _read_file(file: Path) -> Iterator[tuple[str, str]]:
@@ -224,7 +224,8 @@ def _record(row: Any, where: str, stem: str) -> tuple[str, str]:
     return str(row.get("domain") or stem), text
 
 
-def _read_dataset(name: str) -> Iterator[tuple[str, str]]:
+def _read_dataset(name: str, enough: int) -> Iterator[tuple[str, str]]:
+    """Rows of a dataset in its own order, until they hold `enough` characters: some datasets never end."""
     import datasets
 
     parts = name.split(":")
@@ -232,7 +233,11 @@ def _read_dataset(name: str) -> Iterator[tuple[str, str]]:
     try:
         rows = datasets.load_dataset(parts[0], config or None, split=split, streaming=True)
         for number, row in enumerate(rows):
-            yield _record(row, f"{name}, row {number}", parts[0].rsplit("/", 1)[-1])
+            domain, text = _record(row, f"{name}, row {number}", parts[0].rsplit("/", 1)[-1])
+            yield domain, text
+            enough -= len(text)
+            if enough <= 0:
+                return
     except DataError:
         raise
     except Exception as error:  # the datasets library raises errors of many libraries

@@ -38,7 +38,6 @@ class Quirks:
 
 QUIRKS: dict[str, Quirks] = {
     "deepseek_v4": Quirks(unsliceable="its first layers choose experts from a stored table of token ids, not by score"),
-    "zaya": Quirks(unsliceable="its router carries a hidden state from layer to layer and one of its outputs skips"),
     "hunyuan_v1_moe": Quirks(example=(("num_experts", 16), ("moe_topk", 2), ("head_dim", 128))),
     "deepseek_v2": Quirks(example=(("num_experts_per_tok", 6),)),
     "lfm2_moe": Quirks(

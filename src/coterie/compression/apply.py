@@ -52,12 +52,7 @@ class Output:
     ) -> None:
         self.streamed, self.folder, self.method = streamed, folder, method
         self.experts_before = next(iter(streamed.moe.values())).num_experts
-        if len(set(counts.values())) > 1:
-            low, high = min(counts.values()), max(counts.values())
-            raise UsageError(
-                f"the plan keeps between {low} and {high} experts per layer; a plain checkpoint has one number for all",
-                "Use a uniform budget over all layers. The plan itself is valid and can be saved with `coterie plan`.",
-            )
+        refuse_uneven(counts)
         self.experts_after = next(iter(counts.values()))
         if self.experts_after != self.experts_before:
             refuse_unsliceable(streamed.model)
@@ -167,10 +162,10 @@ class Output:
         return total // layer.num_experts
 
     def copy_rest(self, keys: Iterable[str]) -> None:
-        """Copy untouched tensors that no sweep has read, file to file."""
+        """Copy untouched tensors that no sweep has read, one at a time, checked like all others."""
         for key in keys:
             if key in self._through and not self.writer.has(key):
-                self.writer.copy(key, self.streamed.checkpoint.tensors[key])
+                self.streamed.pass_on(key)
 
     def finish(self, plan: Plan, record: dict[str, Any]) -> list[str]:
         """Write what is not weights: config, tokenizer, plan, record, model card. Returns the names of all files."""
@@ -204,6 +199,16 @@ class Output:
             (self.folder / name).write_text(text, encoding="utf-8")
         except OSError as error:
             raise disk_error(error, self.folder) from error
+
+
+def refuse_uneven(counts: Mapping[int, int]) -> None:
+    """Raise UsageError if layers keep different numbers of experts: a plain checkpoint has one number for all."""
+    if len(set(counts.values())) > 1:
+        low, high = min(counts.values()), max(counts.values())
+        raise UsageError(
+            f"the plan keeps between {low} and {high} experts per layer; a plain checkpoint has one number for all",
+            "Use a uniform budget over all layers. The plan itself is valid and can be saved with `coterie plan`.",
+        )
 
 
 def model_card(record: dict[str, Any]) -> str:

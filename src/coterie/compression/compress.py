@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from coterie.anatomy import check_keep
-from coterie.compression.apply import Output
+from coterie.compression.apply import Output, refuse_uneven
 from coterie.compression.forecast import Forecast, forecast, redundancy
 from coterie.compression.methods import Method, get_method
 from coterie.compression.plan import LayerPlan, Plan
@@ -29,7 +29,7 @@ from coterie.compression.sizes import Size, measure
 from coterie.errors import UsageError
 from coterie.profiling.observe import LayerObservation, unique
 from coterie.profiling.observers import MeanOutput, Observer, SelectionCount
-from coterie.profiling.profile import LayerProfile, Profile
+from coterie.profiling.profile import LayerProfile, Profile, load_layers, save_layers
 from coterie.profiling.run import profile_model
 from coterie.streaming.lockstep import Progress, States, Step, sweep
 from coterie.streaming.model import StreamedModel
@@ -167,6 +167,12 @@ class _Run:
             profile.require(method.observes())
         if budget is not None and budget.scope == "uniform":
             self.counts = counts_for(budget, streamed.moe, self.before.bytes_of_expert, self.before.other_bytes)
+            refuse_uneven(self.counts)
+        if self.needs_data and budget is not None and budget.scope == "global":
+            raise UsageError(
+                "a global budget gives layers different numbers of experts, which no plain checkpoint can hold",
+                "Plan it with `coterie profile` and `coterie plan --scope global`, or use a uniform budget here.",
+            )
 
     def job(self) -> dict[str, Any]:
         """Everything the written bytes depend on."""
@@ -293,6 +299,7 @@ class _Run:
             if line["layer"] < first:
                 plans[line["layer"]] = LayerPlan.model_validate(line["plan"])
                 self.figures[line["layer"]] = line["figures"]
+                self.layers |= load_layers(self._seen(line["layer"]), [line["profile"]])
         for index in range(first):
             self.output.mark_written(index)
         forecast_due = True
@@ -332,7 +339,15 @@ class _Run:
     def _journal(self, plan: LayerPlan) -> None:
         self.output.writer.sync()
         figures = self.figures.get(plan.index, {})
-        self.work.record({"layer": plan.index, "plan": plan.model_dump(mode="json"), "figures": figures})
+        line = {"layer": plan.index, "plan": plan.model_dump(mode="json"), "figures": figures}
+        if self.needs_data and plan.index in self.layers:  # a resumed run reports on these layers too
+            self._seen(plan.index).parent.mkdir(exist_ok=True)
+            save_layers(self._seen(plan.index), [self.layers[plan.index]])
+            line["profile"] = self.layers[plan.index].describe()
+        self.work.record(line)
+
+    def _seen(self, index: int) -> Path:
+        return self.work.folder / "seen" / f"{index:04d}.safetensors"
 
     # -- records --------------------------------------------------------------------------------------------------
 

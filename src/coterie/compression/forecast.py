@@ -32,11 +32,15 @@ PUBLISHED = "Published 64-expert models keep between 17% and 93% of their GSM8K 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Needs of a compression. Bytes and seconds; `seconds` is None before a layer was measured."""
+    """Needs of a compression, in bytes and seconds.
+
+    scratch_bytes : hidden states kept for a restart. seconds : None before a layer was measured.
+    """
 
     memory_bytes: int
     memory_available: int
     disk_bytes: int
+    scratch_bytes: int
     disk_free: int
     bytes_to_read: int
     sweeps: int
@@ -53,8 +57,10 @@ class Forecast:
             found.append(
                 f"needs about {self.memory_bytes / 1e9:.1f} GB of memory, {self.memory_available / 1e9:.1f} GB are free"
             )
-        if self.disk_bytes > self.disk_free:
-            found.append(f"needs {self.disk_bytes / 1e9:.1f} GB of disk, {self.disk_free / 1e9:.1f} GB are free")
+        if self.disk_bytes + self.scratch_bytes > self.disk_free:
+            found.append(
+                f"needs {(self.disk_bytes + self.scratch_bytes) / 1e9:.1f} GB of disk, {self.disk_free / 1e9:.1f} GB are free"
+            )
         return found
 
 
@@ -76,9 +82,10 @@ def forecast(
         sum(tensors[k].numel for k in keys if not _is_expert(streamed, k)) * widen for keys in streamed.layer_keys
     )
     embedding = sum(tensors[k].numel * (widen + DTYPES[tensors[k].dtype].itemsize) for k in _embedding_keys(streamed))
-    hidden = 0
+    hidden = kept = 0
     if data is not None:
         width = streamed.config.get_text_config(decoder=True).hidden_size
+        kept = data.samples * data.length * width * widen  # outputs of the last whole layer, for a restart
         hidden = min(memory_limit, data.samples * data.length * width * widen) + 6 * 8192 * width * widen
     process = psutil.Process().memory_info().rss
     peak = process + max(embedding, 2 * layer_bytes + small) + hidden
@@ -89,6 +96,7 @@ def forecast(
         memory_bytes=int(peak),
         memory_available=psutil.virtual_memory().available + process,
         disk_bytes=int(size.bytes - removed),
+        scratch_bytes=2 * kept,
         disk_free=shutil.disk_usage(place).free,
         bytes_to_read=size.bytes * sweeps,
         sweeps=sweeps,

@@ -48,7 +48,11 @@ class RecipeStep(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A chain of steps on one calibration set. One step for now; more than one is refused when it is read."""
+    """A chain of steps on one calibration set.
+
+    `model` says what it was made for; the command line names the model that is compressed.
+    One step for now; more than one is refused when it is read.
+    """
 
     model_config = ConfigDict(extra="forbid")
 

@@ -114,7 +114,7 @@ def _uniform_count(budget: Budget, moe: Mapping[int, MoELayer], E: int, bytes_of
         raise UsageError(
             f"--target-size {budget.target_bytes / 1e9:.2f} GB cannot be reached by removing experts: with the fewest"
             f" its router allows ({least} per layer) the checkpoint has {smallest / 1e9:.2f} GB",
-            f"Ask for at least {smallest / 1e9:.2f}GB, or combine with quantization.",
+            f"Ask for at least {smallest / 1e9:.2f}GB.",
         )
     return int(count)
 

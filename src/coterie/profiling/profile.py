@@ -40,7 +40,7 @@ class LayerProfile:
     top_k: int
     tokens: int
     groups: int = 1
-    stats: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __getattr__(self, name: str) -> Tensor:
         stats = self.__dict__.get("stats", {})
@@ -53,6 +53,10 @@ class LayerProfile:
             f"the profile of layer {self.__dict__.get('index')} has no {name}",
             f"Profile again with --observe {source}.",
         )
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the statistics, as JSON."""
+        return {name: getattr(self, name) for name in ("index", "name", "experts", "top_k", "tokens", "groups")}
 
     def has(self, observer: type[Observer]) -> bool:
         return all(name in self.stats for name in observer.fields)
@@ -95,7 +99,7 @@ class Profile:
                 "data_digest": self.data_digest,
                 "domains": self.domains,
                 "settings": self.settings,
-                "layers": [_layer_meta(layer) for layer in self.layers.values()],
+                "layers": [layer.describe() for layer in self.layers.values()],
             }
             (work.folder / "profile.json").write_text(json.dumps(meta, indent=2) + "\n")
             work.publish(["profile.safetensors", "profile.json"])
@@ -164,10 +168,6 @@ def _check_shapes(layer: LayerProfile, domains: int) -> None:
         wrong = tensor.dim() != len(letters) or any(sizes.get(x, n) != n for x, n in zip(letters, tensor.shape))
         if letters.isupper() and wrong:
             raise ValueError(f"{name} of layer {layer.index} has the shape {list(tensor.shape)}")
-
-
-def _layer_meta(layer: LayerProfile) -> dict[str, Any]:
-    return {name: getattr(layer, name) for name in ("index", "name", "experts", "top_k", "tokens", "groups")}
 
 
 def _rule(name: str) -> str:

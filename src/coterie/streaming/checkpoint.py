@@ -173,14 +173,12 @@ class Checkpoint:
             os.posix_fadvise(self._descriptor(info.file), info.begin, info.nbytes, os.POSIX_FADV_DONTNEED)
 
     def digest(self) -> str:
-        """Identity of the checkpoint: config, names, shapes and places of tensors, samples of every shard's bytes."""
+        """Identity of the checkpoint: config, names, shapes and places of tensors, and a sample of each one's bytes."""
         sha = hashlib.sha256(json.dumps(self.raw_config, sort_keys=True).encode())
         for info in self.tensors.values():
             sha.update(f"{info.key} {info.dtype} {info.shape} {info.file.name} {info.begin}".encode())
-        for file in sorted({info.file for info in self.tensors.values()}):
-            size = file.stat().st_size
-            for part in range(16):
-                sha.update(os.pread(self._descriptor(file), 4096, part * max(size - 4096, 0) // 15))
+            middle = info.begin + info.nbytes // 2
+            sha.update(os.pread(self._descriptor(info.file), min(1024, info.end - middle), middle))
         return sha.hexdigest()
 
     def close(self) -> None:

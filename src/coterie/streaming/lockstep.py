@@ -16,6 +16,7 @@ Peak memory: the hidden states of all batches (spilled to disk above a limit) be
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -115,6 +116,9 @@ class States:
         """All outputs of `layer` are stored: a restart goes on after it. The previous layer's are dropped."""
         assert self.folder is not None
         target = self.folder / f"after-{layer:04d}"
+        for file in (self.folder / "building").iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
         (self.folder / "building").rename(target)
         for old in self.folder.glob("after-*"):
             if old != target:
@@ -133,7 +137,13 @@ class States:
     def restore(self, layer: int, batch: int, device: str) -> Tensor:
         assert self.folder is not None
         file = self.folder / f"after-{layer:04d}" / f"{batch:06d}.safetensors"
-        return load_file(file, device=device)["hidden"]
+        try:
+            return load_file(file, device=device)["hidden"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise OutputError(
+                f"the hidden states kept in {file.parent} are damaged: {error}",
+                "Start this run afresh with --overwrite.",
+            ) from error
 
     def _scratch(self) -> Path:
         if self.folder is not None:
@@ -252,6 +262,8 @@ def sweep(
 
     progress.start("layers", len(layers), first)
     states.discard()
+    flushed = _flushes_denormals()
+    torch.set_flush_denormal(True)  # denormals slow CPU matrix products several times and carry nothing
     try:
         for index, layer in enumerate(layers):
             layer.forward = door(index, originals[index])
@@ -280,4 +292,9 @@ def sweep(
         for layer, forward in zip(layers, originals, strict=True):
             layer.forward = forward
         streamed._stop_prefetch()
+        torch.set_flush_denormal(flushed)
         progress.done()
+
+
+def _flushes_denormals() -> bool:
+    return float(torch.full((), 1e-310, dtype=torch.float64) * 1.0) == 0.0

@@ -162,6 +162,7 @@ class StreamedModel:
                 self.outer_keys.append(key)
         checkpoint.on_read = self._on_read
         self.on_read: Any = None
+        self._errors: list[CoterieError] = []
         self.retain: set[str] = set()  # parameters whose stored values are wanted besides the cast ones
         self.retained: dict[str, Tensor] = {}
         self._prefetch: tuple[threading.Thread, threading.Event] | None = None
@@ -304,8 +305,15 @@ class StreamedModel:
         wanted = set(params)
         return [key for key, param in self.params.items() if param in wanted]
 
+    def pass_on(self, key: str) -> None:
+        """Read one tensor only to check it and hand it to `on_read`."""
+        self._errors.clear()
+        self.checkpoint.read(key)
+        if self._errors:
+            raise self._errors[0]
+
     def _load(self, keys: list[str]) -> None:
-        self._errors: list[CoterieError] = []
+        self._errors.clear()
         named = {str(self.params[key]) for key in keys}
         straight = [param for param in sorted(named) if param in self.fused]
         for param in straight:

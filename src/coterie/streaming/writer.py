@@ -313,28 +313,6 @@ class ShardWriter:
         except OSError as error:
             raise disk_error(error, self.folder) from error
 
-    def copy(self, key: str, source: TensorInfo) -> None:
-        """Copy one tensor's bytes from another file, unread by this process where the system can."""
-        place, chunk = self.places[key], 8 * 2**20
-        target = self._streams[place.file].fileno()
-        with source.file.open("rb", buffering=0) as stream:
-            done = 0
-            while done < place.nbytes:
-                count = min(chunk, place.nbytes - done)
-                try:
-                    copied = os.copy_file_range(stream.fileno(), target, count, source.begin + done, place.begin + done)
-                except OSError as error:
-                    if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
-                        raise disk_error(error, self.folder) from error
-                    data = os.pread(stream.fileno(), count, source.begin + done)
-                    self.write_bytes(key, memoryview(data), done)
-                    copied = len(data)
-                if copied == 0:
-                    raise OutputError(f"{source.file.name} ended while {key!r} was copied")
-                done += copied
-        with self._mutex:
-            self._written.add(key)
-
     def sync(self) -> None:
         """Make everything written so far survive a crash of the machine."""
         for stream in self._streams.values():
