@@ -58,9 +58,8 @@ class Forecast:
                 f"needs about {self.memory_bytes / 1e9:.1f} GB of memory, {self.memory_available / 1e9:.1f} GB are free"
             )
         if self.disk_bytes + self.scratch_bytes > self.disk_free:
-            found.append(
-                f"needs {(self.disk_bytes + self.scratch_bytes) / 1e9:.1f} GB of disk, {self.disk_free / 1e9:.1f} GB are free"
-            )
+            need = self.disk_bytes + self.scratch_bytes
+            found.append(f"needs {need / 1e9:.1f} GB of disk, {self.disk_free / 1e9:.1f} GB are free")
         return found
 
 
