@@ -1,9 +1,10 @@
-"""The two choices Coterie makes for CPUs, measured here: float32 products, and threads that sleep while they wait.
+"""The two choices Coterie makes for CPUs, measured here: float32 products, and threads that spin briefly.
 
 1. Matrix products of an expert's shape in float32 and bfloat16, in one run. Storage stays bfloat16 either way;
    compared are the products and, for float32, widening the weights first. A ratio above 1 means float32 is faster.
-2. A small `coterie compress` in its own process with OMP_WAIT_POLICY=ACTIVE and PASSIVE, order A B B A, alone and
-   beside a process that keeps one core busy. CPU seconds count: spinning threads burn what other work needs.
+2. A small `coterie compress` in its own process with threads that spin while they wait (OMP_WAIT_POLICY=ACTIVE), that
+   sleep at once (PASSIVE), and that spin for a short count first (what Coterie sets), there and back, alone and beside
+   a process that keeps one core busy. CPU seconds count: spinning threads burn what other work needs.
 
     python benchmarks/cpu_choices.py [--rows 128 512] [--hidden 2048] [--width 768] [--threads 2]
 """
@@ -56,8 +57,11 @@ def _burn() -> None:
         pass
 
 
-def compress(policy: str, threads: int, folder: Path) -> float:
-    """CPU seconds of one compression of the pocket model."""
+POLICIES = {"spin": {"OMP_WAIT_POLICY": "ACTIVE"}, "sleep": {"OMP_WAIT_POLICY": "PASSIVE"}, "brief spin": {}}
+
+
+def compress(policy: str, threads: int, folder: Path) -> tuple[float, float]:
+    """Wall and CPU seconds of one compression of the pocket model."""
     from coterie.assets import pocket, write_demo_texts
 
     text, _ = write_demo_texts(folder / "text")
@@ -65,9 +69,12 @@ def compress(policy: str, threads: int, folder: Path) -> float:
     command += ["--method", "reap", "--keep", "0.5", "--data", str(text), "--samples", "16", "--length", "256"]
     command += ["--overwrite", "--no-report", "--threads", str(threads)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_WAIT_POLICY": policy})
+    plain = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    began = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, env={**plain, **POLICIES[policy]})
+    wall = time.perf_counter() - began
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def waiting(threads: int) -> None:
@@ -78,17 +85,16 @@ def waiting(threads: int) -> None:
             other.start()
         try:
             with tempfile.TemporaryDirectory() as folder:
-                order = ("ACTIVE", "PASSIVE", "PASSIVE", "ACTIVE")
-                found = [(policy, compress(policy, threads, Path(folder))) for policy in order]
+                order = [*POLICIES, *reversed(POLICIES)]
+                found = [(policy, *compress(policy, threads, Path(folder))) for policy in order]
         finally:
             for other in others:
                 other.terminate()
-        mean = {p: statistics.mean(s for q, s in found if q == p) for p in ("ACTIVE", "PASSIVE")}
-        beside = "alone" if not busy else "beside a busy process"
-        ratio = mean["ACTIVE"] / mean["PASSIVE"]
-        print(
-            f"{beside:>22}: ACTIVE {mean['ACTIVE']:.1f} CPU s, PASSIVE {mean['PASSIVE']:.1f} CPU s, ratio {ratio:.2f}"
-        )
+        print("alone" if not busy else "beside a busy process")
+        for policy in POLICIES:
+            wall = statistics.mean(w for p, w, _ in found if p == policy)
+            cpu = statistics.mean(c for p, _, c in found if p == policy)
+            print(f"{policy:>12}: {wall:5.1f} s wall, {cpu:5.1f} CPU s")
 
 
 def main() -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from coterie.compression.compress import Result, make_plan, plan_method, run_forecast
+from coterie.compression.compress import Result, run_forecast
 from coterie.compression.compress import compress as run_compress
 from coterie.compression.forecast import Forecast
 from coterie.compression.methods import closest, get_method
 from coterie.compression.plan import LayerPlan, Plan
+from coterie.compression.planning import make_plan, plan_method
 from coterie.compression.recipe import Recipe
 from coterie.compression.selector import Budget, parse_layers, parse_protect
 from coterie.errors import UsageError
@@ -199,10 +200,10 @@ def plan(
 _TEXT = ("tokens", "tokenizer", "samples", "length", "batch_size", "pack")  # of what `calibration` takes
 
 
-def _request(
+def prepare(
     model: str,
-    runtime: Runtime,
     *,
+    runtime: Runtime | None = None,
     method: str = "reap",
     parameters: dict[str, Any] | None = None,
     data: Sequence[str] = (),
@@ -212,7 +213,11 @@ def _request(
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """What `compression.compress` takes, from names and files. Everything a user can get wrong is found here."""
+    """A checked request for `forecast` and `compress`: checkpoint opened, text tokenized, nothing read or written yet.
+
+    Everything a user can get wrong is found here. Keywords as in `compress`. A request serves one `compress`.
+    """
+    runtime = runtime or Runtime()
     text = {name: options.pop(name) for name in _TEXT if name in options}
     budget = {name: value for name, value in options.items() if value is not None}
     ready_plan = Plan.load(Path(plan)) if isinstance(plan, str) else plan
@@ -252,6 +257,7 @@ def forecast(
     runtime: Runtime | None = None,
     progress: Progress | None = None,
     measure: bool = False,
+    prepared: dict[str, Any] | None = None,
     **request: Any,
 ) -> Forecast:
     """What `compress` with the same keywords will need, without writing anything.
@@ -259,9 +265,8 @@ def forecast(
     With `measure`, the first layers are run until the first MoE layer is planned: gives seconds and redundancy.
     Raises whatever `compress` would raise before it writes.
     """
-    return run_forecast(
-        Path(out), progress=progress, measure_first=measure, **_request(model, runtime or Runtime(), **request)
-    )
+    given = prepared or prepare(model, runtime=runtime, **request)
+    return run_forecast(Path(out), progress=progress, measure_first=measure, **given)
 
 
 def compress(
@@ -273,6 +278,7 @@ def compress(
     runtime: Runtime | None = None,
     progress: Progress | None = None,
     on_first_layer: Callable[[LayerProfile, LayerPlan], None] = lambda profile, plan: None,
+    prepared: dict[str, Any] | None = None,
     **request: Any,
 ) -> Result:
     """Write a smaller checkpoint to `out`.
@@ -285,12 +291,13 @@ def compress(
     data, tokens, tokenizer, samples, length, batch_size, pack, seed : calibration, see `calibration`.
     profile : a finished profile (folder or object) instead of data. plan : a finished plan instead of all of these.
     propagate : later layers see what changed earlier layers put out.
+    prepared : the request already checked by `prepare`, instead of the keywords above.
     shard_size : largest shard, e.g. "5GB". overwrite : replace `out`.
 
     Raises a `CoterieError` for anything the request, the checkpoint, the text or the disk has wrong.
     """
     check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
-    given = _request(model, runtime or Runtime(), **request)
+    given = dict(prepared or prepare(model, runtime=runtime, **request))
     result = run_compress(
         given.pop("streamed"),
         Path(out),

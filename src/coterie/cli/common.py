@@ -111,7 +111,8 @@ def verb_first(arguments: list[str]) -> list[str]:
 
 def quiet(verbose: bool) -> None:
     """Keep libraries from chatting unless asked, and threads from spinning: must run before torch is imported."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # halves CPU time beside other work, benchmarks/cpu_choices.py
+    if "OMP_WAIT_POLICY" not in os.environ:  # spin briefly, then sleep: benchmarks/cpu_choices.py
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

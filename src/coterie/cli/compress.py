@@ -108,7 +108,8 @@ def compress(
     if evaluate:  # what is wrong with this text should not be found after the compression
         api.calibration(model, evaluate, samples=1, length=length, tokenizer=tokenizer, seed=seed, runtime=runtime)
     with Bar("compress", enabled=not common.json) as bar:
-        ahead = api.forecast(model, out, runtime=runtime, progress=bar, measure=dry_run, **request)  # type: ignore[arg-type]
+        prepared = api.prepare(model, runtime=runtime, **request)
+        ahead = api.forecast(model, out, progress=bar, measure=dry_run, prepared=prepared)  # type: ignore[arg-type]
         _show_forecast(ahead, common)
         if dry_run:
             if common.json:
@@ -117,12 +118,11 @@ def compress(
         result = api.compress(
             model,
             out,
-            runtime=runtime,
             progress=bar,  # type: ignore[arg-type]
             shard_size=shard_size,
             overwrite=overwrite,
             on_first_layer=forecast_first_layer,
-            **request,
+            prepared=prepared,
         )
     for text_warning in result.warnings:
         warn(text_warning)

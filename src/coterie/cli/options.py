@@ -43,7 +43,7 @@ TargetSize = Annotated[
 Scope = Annotated[
     str,
     typer.Option(
-        help="uniform: the same number in every layer. global: rank experts over all layers (two sweeps).",
+        help="uniform: the same number in every layer. global: rank experts over all layers (for `coterie plan`).",
         rich_help_panel=_B,
     ),
 ]

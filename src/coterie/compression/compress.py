@@ -1,9 +1,9 @@
-"""Compress a checkpoint: profile, plan and apply in as few sweeps as the budget allows, safe against crashes.
+"""Compress a checkpoint: profile, plan and apply in one sweep, safe against crashes.
 
 - A method that judges each layer alone, under a uniform budget, takes one sweep: a layer is profiled, planned, edited
   and written while it is in memory.
 - A finished plan or profile takes one sweep too, without running the model.
-- A budget over all layers needs all profiles first: two sweeps.
+- A budget over all layers needs all profiles first: one sweep of `coterie profile`, then a plan, then one of these.
 
 A killed run, started again, goes on after the last whole layer and ends with the same bytes.
 """
@@ -19,23 +19,23 @@ from typing import Any
 
 import torch
 
-from coterie.anatomy import check_keep
 from coterie.compression.apply import Output, refuse_uneven
 from coterie.compression.forecast import Forecast, forecast, redundancy
-from coterie.compression.methods import Method, get_method
+from coterie.compression.methods import Method
 from coterie.compression.plan import LayerPlan, Plan
-from coterie.compression.selector import Budget, check_protect, counts_for, select_global, select_layer
+from coterie.compression.planning import check_plan, check_profile, layer_plan_of, plan_layers
+from coterie.compression.selector import Budget, check_protect, counts_for, select_layer
 from coterie.compression.sizes import Size, measure
 from coterie.errors import UsageError
 from coterie.profiling.observe import LayerObservation, unique
 from coterie.profiling.observers import MeanOutput, Observer, SelectionCount
 from coterie.profiling.profile import LayerProfile, Profile, load_layers, save_layers
-from coterie.profiling.run import profile_model
 from coterie.streaming.lockstep import Progress, States, Step, sweep
 from coterie.streaming.model import StreamedModel
 from coterie.streaming.writer import DEFAULT_SHARD_BYTES, Workspace
 from coterie.text import TokenData
 
+SWEEPS = 1  # whatever the request, every byte of the checkpoint is read once
 FORECAST: tuple[type[Observer], ...] = (SelectionCount, MeanOutput)  # what the redundancy estimate needs
 
 
@@ -108,8 +108,7 @@ def run_forecast(
     counts = {p.index: len(p.keep) for p in run.given.layers} if run.given else getattr(run, "counts", None)
     budget = run.budget
     share = sum(counts.values()) / (run.before.experts * len(counts)) if counts else (budget.keep if budget else 1) or 1
-    sweeps = 1 if run.one_sweep or run.given or run.profile else 2
-    ahead = forecast(run.streamed, run.before, share, out, run.data if run.needs_data else None, memory, sweeps)
+    ahead = forecast(run.streamed, run.before, share, out, run.data if run.needs_data else None, memory)
     if not measure_first or not run.needs_data or run.data is None or not run.one_sweep:
         return ahead
     began = 0.0
@@ -118,7 +117,7 @@ def run_forecast(
         began = began or time.monotonic()
         if step.index in run.streamed.moe:
             layer = run._observe(step)
-            seconds = (time.monotonic() - began) / (step.index + 1) * len(run.streamed.layers) * sweeps
+            seconds = (time.monotonic() - began) / (step.index + 1) * len(run.streamed.layers)
             plans = {step.index: run._plan_layer(layer)}
             steps.close()
             return replace(ahead, seconds=seconds, redundancy=redundancy({step.index: layer}, plans))
@@ -159,7 +158,7 @@ class _Run:
             raise UsageError("--propagate works while profiling: with --data and a uniform budget only")
         self.before = measure(streamed)
         if plan is not None:
-            _check_plan(plan, streamed, self.digest)
+            check_plan(plan, streamed, self.digest)
         if budget is not None:
             check_protect(budget, streamed.moe)
         if profile is not None:
@@ -204,13 +203,6 @@ class _Run:
         self.figures: dict[int, dict[str, float]] = {}
         self.layers: dict[int, LayerProfile] = dict(self.profile.layers) if self.profile else {}
         states = States(work.folder / "states", memory, durable=True)
-        sweeps = 1
-        if not self.one_sweep and self.given is None and self.profile is None:
-            sweeps = 2
-            profile_path = work.folder / "profile"
-            if not (profile_path / "profile.json").exists():
-                self._profile_all(profile_path, progress, memory)
-            self.layers = Profile.load(profile_path).layers
         plans = self._plans_before()
         counts = {i: len(p.keep) for i, p in plans.items()} if plans else self.counts
         for layer_plan in plans.values():
@@ -226,7 +218,7 @@ class _Run:
             self.output.writer.sync()
             plan = self._plan(plans)
             after = measure_after(self.before, self.output)
-            record = self._record(plan, after, sweeps)
+            record = self._record(plan, after)
             names = self.output.finish(plan, record)
         finally:
             self.output.writer.close()
@@ -236,7 +228,7 @@ class _Run:
             plan,
             self.before,
             after,
-            sweeps,
+            SWEEPS,
             self.streamed.checkpoint.bytes_read,
             self.output.writer.bytes_written,
             work.resumed,
@@ -247,18 +239,6 @@ class _Run:
         )
 
     # -- the three ways -------------------------------------------------------------------------------------------
-
-    def _profile_all(self, folder: Path, progress: Progress, memory: int) -> None:
-        assert self.data is not None
-        profile_model(
-            self.streamed,
-            self.data,
-            unique([*self.method.observes(), *FORECAST]),
-            model=self.model,
-            states=States(self.work.folder / "profile-states", memory),
-            progress=progress,
-            digest=self.digest,
-        ).save(folder)
 
     def _plans_before(self) -> dict[int, LayerPlan]:
         """All layer plans, where they do not depend on running the model layer by layer."""
@@ -331,7 +311,7 @@ class _Run:
         moe = self.streamed.moe[layer.index]
         scores_E = self.method.score(layer)
         keep = select_layer(scores_E, self.counts[layer.index], moe, self.budget)
-        plan = _layer_plan(self.method, layer, keep, scores_E)
+        plan = layer_plan_of(self.method, layer, keep, scores_E)
         if reason := self.method.plain_checkpoint(plan):
             raise UsageError(f"{self.name}: {reason}")
         return plan
@@ -367,7 +347,7 @@ class _Run:
             return self.profile.data_digest
         return self.data.digest if self.data is not None and self.needs_data else ""
 
-    def _record(self, plan: Plan, after: Size, sweeps: int) -> dict[str, Any]:
+    def _record(self, plan: Plan, after: Size) -> dict[str, Any]:
         data = self.data if self.needs_data else None
         recipe = {
             "model": self.model,
@@ -389,91 +369,13 @@ class _Run:
             "domains": domains,
             "tokens": data.tokens if data else {},
             "compute_dtype": str(self.streamed.compute_dtype).removeprefix("torch."),
-            "sweeps": sweeps,
+            "sweeps": SWEEPS,
             "before": self.before.describe(),
             "after": after.describe(),
             "figures": {str(index): values for index, values in sorted(self.figures.items()) if values},
             "notes": self.output.notes,
             "versions": versions(),
         }
-
-
-def plan_layers(
-    streamed: StreamedModel,
-    method: Method,
-    budget: Budget,
-    layers: Mapping[int, LayerProfile],
-    counts: Mapping[int, int] | None = None,
-) -> dict[int, LayerPlan]:
-    """A pure function of profile, budget and parameters: the plan of every MoE layer.
-
-    A method that looks at no data is given empty profiles.
-    """
-    empty = {i: LayerProfile(i, moe.name, moe.num_experts, moe.top_k, 0, moe.groups) for i, moe in streamed.moe.items()}
-    profiles = {i: layers.get(i, empty[i]) for i in streamed.moe}
-    scores = {i: method.score(layer) for i, layer in profiles.items()}
-    if budget.scope == "global":
-        keeps = select_global(scores, streamed.moe, budget)
-    else:
-        if counts is None:
-            size = measure(streamed)
-            counts = counts_for(budget, streamed.moe, size.bytes_of_expert, size.other_bytes)
-        keeps = {i: select_layer(scores[i], counts[i], moe, budget) for i, moe in streamed.moe.items()}
-    return {i: _layer_plan(method, profiles[i], keeps[i], scores[i]) for i in streamed.moe}
-
-
-def make_plan(streamed: StreamedModel, model: str, name: str, method: Method, budget: Budget, profile: Profile) -> Plan:
-    """The plan of one method on a finished profile. Raises UsageError if the profile is of another model or lacks
-    what the method reads."""
-    digest = streamed.checkpoint.digest()
-    check_profile(profile, streamed, digest)
-    check_protect(budget, streamed.moe)
-    profile.require(method.observes())
-    layers = plan_layers(streamed, method, budget, profile.layers)
-    return Plan(
-        model=model,
-        model_digest=digest,
-        method=name,
-        parameters=method.model_dump(mode="json"),
-        budget=budget.describe(),
-        data_digest=profile.data_digest,
-        layers=[layers[index] for index in sorted(layers)],
-    )
-
-
-def plan_method(plan: Plan) -> Method:
-    """The method a plan was made with."""
-    return get_method(plan.method, plan.parameters)
-
-
-def check_profile(profile: Profile, streamed: StreamedModel, digest: str) -> None:
-    if profile.model_digest != digest or set(profile.layers) != set(streamed.moe):
-        raise UsageError(
-            f"the profile was made of another model ({profile.model})", "Profile this checkpoint: `coterie profile`."
-        )
-
-
-def _check_plan(plan: Plan, streamed: StreamedModel, digest: str) -> None:
-    if plan.model_digest != digest:
-        raise UsageError(f"the plan was made for another model ({plan.model})", "Plan this checkpoint: `coterie plan`.")
-    if sorted(layer.index for layer in plan.layers) != sorted(streamed.moe):
-        raise UsageError("the plan does not name every MoE layer of the model exactly once")
-    for layer in plan.layers:
-        E = streamed.moe[layer.index].num_experts
-        if layer.experts != E or len(layer.scores) not in (0, E):
-            raise UsageError(
-                f"the plan speaks of {layer.experts} experts and {len(layer.scores)} scores in layer {layer.index},"
-                f" which has {E} experts",
-                "Change only what stays (`keep`) in a plan.",
-            )
-        check_keep(streamed.moe[layer.index], layer.keep)
-
-
-def _layer_plan(method: Method, layer: LayerProfile, keep: list[int], scores_E: torch.Tensor) -> LayerPlan:
-    scores = [round(float(s), 9) for s in scores_E]
-    plan = LayerPlan(index=layer.index, name=layer.name, experts=layer.experts, keep=keep, scores=scores)
-    method.prepare(layer, plan)
-    return plan
 
 
 def measure_after(before: Size, output: Output) -> Size:

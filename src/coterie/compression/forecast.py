@@ -70,7 +70,6 @@ def forecast(
     out: Path,
     data: TokenData | None,
     memory_limit: int,
-    sweeps: int,
     seconds_per_layer: float | None = None,
 ) -> Forecast:
     """What compressing to `keep_share` of the experts will need. Reads headers only."""
@@ -97,8 +96,8 @@ def forecast(
         disk_bytes=int(size.bytes - removed),
         scratch_bytes=2 * kept,
         disk_free=shutil.disk_usage(place).free,
-        bytes_to_read=size.bytes * sweeps,
-        sweeps=sweeps,
+        bytes_to_read=size.bytes,
+        sweeps=1,
         calibration_tokens=sum(data.tokens.values()) if data else 0,
         seconds=None if seconds_per_layer is None else seconds_per_layer * layers,
     )

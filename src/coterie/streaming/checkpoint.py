@@ -101,6 +101,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     on_read: Callable[[str, Tensor], None] | None = None
     bytes_read: int = 0
+    _digest: str = ""
     _files: dict[Path, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -174,12 +175,15 @@ class Checkpoint:
 
     def digest(self) -> str:
         """Identity of the checkpoint: config, names, shapes and places of tensors, and a sample of each one's bytes."""
+        if self._digest:
+            return self._digest
         sha = hashlib.sha256(json.dumps(self.raw_config, sort_keys=True).encode())
         for info in self.tensors.values():
             sha.update(f"{info.key} {info.dtype} {info.shape} {info.file.name} {info.begin}".encode())
             middle = info.begin + info.nbytes // 2
             sha.update(os.pread(self._descriptor(info.file), min(1024, info.end - middle), middle))
-        return sha.hexdigest()
+        self._digest = sha.hexdigest()
+        return self._digest
 
     def close(self) -> None:
         for descriptor in self._files.values():

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -31,71 +31,11 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from coterie.anatomy import MoELayer, decoder_layers, moe_layers
 from coterie.anatomy.architectures import model_class_of
-from coterie.errors import CheckpointError, CoterieError, UsageError
+from coterie.errors import CheckpointError, CoterieError
 from coterie.experts import forward as experts_forward
 from coterie.streaming.checkpoint import DTYPES, Checkpoint
+from coterie.streaming.config import choose_compute_dtype, one_line, read_config
 from coterie.streaming.fused import fused_layouts
-
-COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def choose_compute_dtype(name: str, device: str, stored: torch.dtype) -> torch.dtype:
-    """The dtype activations are computed in.
-
-    "auto" is float32 on a CPU (narrow matrix products are slower there, see benchmarks/cpu_choices.py, and a plan
-    must not depend on a timing) and the checkpoint's own dtype on an accelerator.
-    """
-    if name == "auto":
-        return torch.float32 if torch.device(device).type == "cpu" else stored
-    if name not in COMPUTE_DTYPES:
-        raise UsageError(f"unknown compute dtype {name!r}", f"Choose one of auto, {', '.join(COMPUTE_DTYPES)}.")
-    return COMPUTE_DTYPES[name]
-
-
-def read_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's config as transformers reads it. Raises CheckpointError where that fails or makes no sense."""
-    raw = checkpoint.raw_config
-    if raw.get("auto_map") and not trust_remote_code:
-        known = str(raw.get("model_type")) in _known_model_types()
-        if not known:
-            raise CheckpointError(
-                f"{checkpoint.folder.name} needs code that comes with the checkpoint",
-                "Read that code first; pass --trust-remote-code if you trust it.",
-            )
-    if quantized := next(_entries(raw, "quantization_config"), None):
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
-        raise CheckpointError(
-            f"{checkpoint.folder.name} is quantized ({method}); only 16 and 32 bit checkpoints can be streamed",
-            "Start from the unquantized checkpoint and quantize the result.",
-        )
-    for depth in _entries(raw, "num_hidden_layers"):
-        _check_depth(depth, checkpoint)  # before config classes make lists of that length
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-        depth = config.get_text_config(decoder=True).num_hidden_layers
-    except CoterieError:
-        raise
-    except Exception as error:  # config classes raise anything from KeyError to their own validation errors
-        raise CheckpointError(f"config.json cannot be used: {_one_line(error)}") from error
-    _check_depth(depth, checkpoint)
-    return config
-
-
-def _entries(raw: dict[str, Any], name: str) -> Iterator[Any]:
-    """Values of `name` in a raw config and in the configs nested in it, as multimodal checkpoints have them."""
-    if raw.get(name) is not None:
-        yield raw[name]
-    for key, nested in raw.items():
-        if key.endswith("_config") and key != name and isinstance(nested, dict) and nested.get(name) is not None:
-            yield nested[name]
-
-
-def _check_depth(depth: Any, checkpoint: Checkpoint) -> None:
-    if not isinstance(depth, int) or not 0 < depth <= len(checkpoint.tensors):
-        raise CheckpointError(
-            f"config.json claims {depth} layers, the checkpoint has {len(checkpoint.tensors)} tensors",
-            "Config and weights do not belong together.",
-        )
 
 
 class StreamedModel:
@@ -179,7 +119,7 @@ class StreamedModel:
         except CoterieError:
             raise
         except Exception as error:  # sizes in a config can be anything; so can the exception they cause
-            raise CheckpointError(f"config.json describes a model that cannot be built: {_one_line(error)}") from error
+            raise CheckpointError(f"config.json describes a model that cannot be built: {one_line(error)}") from error
         assert isinstance(model, PreTrainedModel)
         model.set_experts_implementation(self.experts)
         return model.eval()
@@ -489,14 +429,3 @@ def _to_meta(module: nn.Module) -> None:
         for name, buffer in child._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 child._buffers[name] = buffer.to("meta")
-
-
-def _known_model_types() -> set[str]:
-    from transformers import CONFIG_MAPPING
-
-    return set(CONFIG_MAPPING.keys())
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"

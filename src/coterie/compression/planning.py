@@ -1,0 +1,97 @@
+"""Plans from profiles: a pure function of profile, budget and parameters, and the checks that a plan or profile fits.
+
+Nothing is read or written here but headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from coterie.anatomy import check_keep
+from coterie.compression.methods import Method, get_method
+from coterie.compression.plan import LayerPlan, Plan
+from coterie.compression.selector import Budget, check_protect, counts_for, select_global, select_layer
+from coterie.compression.sizes import measure
+from coterie.errors import UsageError
+from coterie.profiling.profile import LayerProfile, Profile
+from coterie.streaming.model import StreamedModel
+
+
+def plan_layers(
+    streamed: StreamedModel,
+    method: Method,
+    budget: Budget,
+    layers: Mapping[int, LayerProfile],
+    counts: Mapping[int, int] | None = None,
+) -> dict[int, LayerPlan]:
+    """A pure function of profile, budget and parameters: the plan of every MoE layer.
+
+    A method that looks at no data is given empty profiles.
+    """
+    empty = {i: LayerProfile(i, moe.name, moe.num_experts, moe.top_k, 0, moe.groups) for i, moe in streamed.moe.items()}
+    profiles = {i: layers.get(i, empty[i]) for i in streamed.moe}
+    scores = {i: method.score(layer) for i, layer in profiles.items()}
+    if budget.scope == "global":
+        keeps = select_global(scores, streamed.moe, budget)
+    else:
+        if counts is None:
+            size = measure(streamed)
+            counts = counts_for(budget, streamed.moe, size.bytes_of_expert, size.other_bytes)
+        keeps = {i: select_layer(scores[i], counts[i], moe, budget) for i, moe in streamed.moe.items()}
+    return {i: layer_plan_of(method, profiles[i], keeps[i], scores[i]) for i in streamed.moe}
+
+
+def make_plan(streamed: StreamedModel, model: str, name: str, method: Method, budget: Budget, profile: Profile) -> Plan:
+    """The plan of one method on a finished profile. Raises UsageError if the profile is of another model or lacks
+    what the method reads."""
+    digest = streamed.checkpoint.digest()
+    check_profile(profile, streamed, digest)
+    check_protect(budget, streamed.moe)
+    profile.require(method.observes())
+    layers = plan_layers(streamed, method, budget, profile.layers)
+    return Plan(
+        model=model,
+        model_digest=digest,
+        method=name,
+        parameters=method.model_dump(mode="json"),
+        budget=budget.describe(),
+        data_digest=profile.data_digest,
+        layers=[layers[index] for index in sorted(layers)],
+    )
+
+
+def plan_method(plan: Plan) -> Method:
+    """The method a plan was made with."""
+    return get_method(plan.method, plan.parameters)
+
+
+def check_profile(profile: Profile, streamed: StreamedModel, digest: str) -> None:
+    if profile.model_digest != digest or set(profile.layers) != set(streamed.moe):
+        raise UsageError(
+            f"the profile was made of another model ({profile.model})", "Profile this checkpoint: `coterie profile`."
+        )
+
+
+def check_plan(plan: Plan, streamed: StreamedModel, digest: str) -> None:
+    if plan.model_digest != digest:
+        raise UsageError(f"the plan was made for another model ({plan.model})", "Plan this checkpoint: `coterie plan`.")
+    if sorted(layer.index for layer in plan.layers) != sorted(streamed.moe):
+        raise UsageError("the plan does not name every MoE layer of the model exactly once")
+    for layer in plan.layers:
+        E = streamed.moe[layer.index].num_experts
+        if layer.experts != E or len(layer.scores) not in (0, E):
+            raise UsageError(
+                f"the plan speaks of {layer.experts} experts and {len(layer.scores)} scores in layer {layer.index},"
+                f" which has {E} experts",
+                "Change only what stays (`keep`) in a plan.",
+            )
+        check_keep(streamed.moe[layer.index], layer.keep)
+
+
+def layer_plan_of(method: Method, layer: LayerProfile, keep: list[int], scores_E: torch.Tensor) -> LayerPlan:
+    scores = [round(float(s), 9) for s in scores_E]
+    plan = LayerPlan(index=layer.index, name=layer.name, experts=layer.experts, keep=keep, scores=scores)
+    method.prepare(layer, plan)
+    return plan
