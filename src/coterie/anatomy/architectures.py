@@ -41,8 +41,9 @@ QUIRKS: dict[str, Quirks] = {
     "hunyuan_v1_moe": Quirks(example=(("num_experts", 16), ("moe_topk", 2), ("head_dim", 128))),
     "deepseek_v2": Quirks(example=(("num_experts_per_tok", 6),)),
     "lfm2_moe": Quirks(
-        example=(("layer_types", ["conv", "full_attention"]), ("num_hidden_layers", 2), ("num_dense_layers", 1))
+        example=(("layer_types", ["conv", "full_attention"] * 2), ("num_hidden_layers", 4), ("num_dense_layers", 1))
     ),
+    "dots1": Quirks(example=(("n_routed_experts", 16), ("num_experts_per_tok", 4), ("n_shared_experts", 1))),
     "gemma4": Quirks(
         example=(("enable_moe_block", True), ("num_experts", 16), ("top_k_experts", 4), ("moe_intermediate_size", 64))
     ),
@@ -78,13 +79,13 @@ def discover(progress: Callable[[str, int, int], None] = lambda name, done, tota
 
     `progress(model_type, done, total)` is called before each. Nothing is downloaded or allocated.
     """
-    names = list(_candidates())
+    names = list(candidates())
     for done, (model_type, model_class) in enumerate(names):
         progress(model_type, done, len(names))
         yield examine(model_type, model_class)
 
 
-def _candidates() -> Iterator[tuple[str, str]]:
+def candidates() -> Iterator[tuple[str, str]]:
     """(model_type, model class) of all generative families whose modelling file uses the fused-experts contract."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
@@ -115,8 +116,8 @@ def examine(model_type: str, model_class: str) -> Architecture:
     cls = getattr(transformers, model_class)
     try:
         example = dict(quirks_of(model_type).example)
-        config_class = transformers.CONFIG_MAPPING[model_type]
-        composite = bool(config_class.sub_configs)
+        config_class = cls.config_class
+        composite = "text_config" in config_class.sub_configs
         config = config_class(**({} if composite else example))
         if composite:
             for name, value in example.items():

@@ -8,6 +8,9 @@ answers to get the number, everything else stays as it was found.
 from __future__ import annotations
 
 import copy
+import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from coterie.anatomy.architectures import COUNT_FIELDS
@@ -38,7 +41,9 @@ def with_expert_count(raw: dict[str, Any], config: Any, before: int, after: int)
     result = copy.deepcopy(raw)
     section = _section(result, config, text)
     section |= dict.fromkeys(names, after)
-    again = type(config).from_dict(copy.deepcopy(result)).get_text_config(decoder=True)
+    with tempfile.TemporaryDirectory() as folder:  # read as a checkpoint's config is read, special values and all
+        (Path(folder) / "config.json").write_text(json.dumps(result), encoding="utf-8")
+        again = type(config).from_pretrained(folder).get_text_config(decoder=True)
     wrong = {name: _value(again, name) for name in names if _value(again, name) != after}
     if wrong:
         raise ModelError(f"config of {text.model_type} does not take a new expert count: {wrong} after {after}")
