@@ -11,7 +11,7 @@ from coterie.anatomy import moe_layers, select
 from coterie.compression.methods import methods
 from coterie.compression.plan import Plan
 from coterie.profiling.profile import Profile
-from families import FAMILIES, FEW, each_tensor, resident, saved, tiny, token_file, tokens
+from families import FAMILIES, FEW, each_tensor, edit_json, resident, saved, tiny, token_file, tokens
 
 METHODS = tuple(methods())
 
@@ -220,3 +220,29 @@ def test_an_expert_never_selected_can_be_dropped_without_any_change(tmp_path, id
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         torch.testing.assert_close(after(tokens()).logits, model(tokens()).logits, atol=1e-5, rtol=1e-4)
+
+
+def with_prediction_layer(folder):
+    """Add a tensor of a multi-token-prediction layer, which DeepSeek-V3's classes ignore by name."""
+    from safetensors.torch import save_file
+
+    extra = {"model.layers.61.mlp.gate.weight": torch.randn(16, 64, dtype=torch.bfloat16)}
+    save_file({**each_tensor(folder), **extra}, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_json(folder / "config.json", lambda config: config.update(num_nextn_predict_layers=1))
+    return folder
+
+
+def test_extra_prediction_layers_stay_while_all_experts_stay(tmp_path, ids):
+    folder = with_prediction_layer(saved("deepseek-v3", tmp_path))
+    compress(folder, tmp_path / "out", ids, keep=1.0)
+    name = "model.layers.61.mlp.gate.weight"
+    assert torch.equal(each_tensor(tmp_path / "out")[name], each_tensor(folder)[name])
+
+
+def test_extra_prediction_layers_go_with_a_note_when_experts_go(tmp_path, ids):
+    folder = with_prediction_layer(saved("deepseek-v3", tmp_path))
+    result = compress(folder, tmp_path / "out", ids)
+    assert "multi-token prediction" in result.warnings[0]
+    assert "model.layers.61.mlp.gate.weight" not in each_tensor(tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_nextn_predict_layers"] == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")

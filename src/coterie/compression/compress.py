@@ -264,6 +264,7 @@ class _Run:
             elif index in done:
                 self.output.mark_written(index)
             progress.layer(index)
+        self.streamed.forget_buffers()
         progress.done()
 
     def _profile_plan_apply(self, states: States, progress: Progress) -> dict[int, LayerPlan]:

@@ -292,6 +292,7 @@ def sweep(
         for layer, forward in zip(layers, originals, strict=True):
             layer.forward = forward
         streamed._stop_prefetch()
+        streamed.forget_buffers()
         torch.set_flush_denormal(flushed)
         progress.done()
 

@@ -218,6 +218,11 @@ class StreamedModel:
         _to_meta(self.layers[index])
         self.checkpoint.release(self.layer_keys[index])
 
+    def forget_buffers(self) -> None:
+        """Free the memory that one layer leaves to the next."""
+        self._reusable.clear()
+        experts_forward.release_scratch()
+
     def prefetch(self, index: int) -> None:
         """Start reading the bytes of layer `index` into the system's page cache, in a thread, bounded by one layer."""
         if index < len(self.layers):
@@ -372,9 +377,11 @@ _EXPONENT = {
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """No NaN, no Inf: without its sign bit, every bit pattern is below that of infinity. One pass over integers."""
+    """No NaN, no Inf: without its sign bit, every bit pattern is below that of infinity. One pass over integers, in
+    pieces, so that a large embedding is not copied whole."""
     integer, magnitude, infinity = _EXPONENT[tensor.dtype]
-    return int(tensor.view(integer).bitwise_and(magnitude).amax()) < infinity
+    pieces = torch.split(tensor.reshape(-1).view(integer), 2**22)
+    return all(int(piece.bitwise_and(magnitude).amax()) < infinity for piece in pieces)
 
 
 class _MetaSlice:
