@@ -19,12 +19,7 @@ DOMAINS = ("prose", "code")
 SMALL = ("--samples", 3, "--length", 32)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread_each")
 
 
 @pytest.fixture(scope="module")

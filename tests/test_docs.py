@@ -12,7 +12,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 from typer.main import get_command
 
 from coterie.cli.common import parse_set, verb_first
@@ -29,12 +28,7 @@ FOLLOWED = ("README.md", "docs/shrink.md", "docs/understand.md")
 VERBS = get_command(app).commands
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread_each")
 
 
 def read(page):

@@ -29,12 +29,7 @@ CHANGES = {"granite-moe": GRANITE}
 LOSSES = ("qwen3-moe", "gpt-oss", "granite-moe")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

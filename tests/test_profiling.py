@@ -50,12 +50,7 @@ SAME = {"gate_mass_E", "gate_share_E", "router_gram_EE", "router_sum_E", "input_
 PRODUCT = 2e-5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

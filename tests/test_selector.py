@@ -36,12 +36,7 @@ from families import saved
 quick = settings(max_examples=80, deadline=None)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def moe(index=0, E=8, top_k=2, groups=1, groups_used=1, group_minimum=1):
