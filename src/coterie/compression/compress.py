@@ -105,7 +105,7 @@ def run_forecast(
     With `measure_first` and calibration data, runs up to the first MoE layer for seconds and a redundancy estimate.
     """
     run = _Run(shard_bytes=DEFAULT_SHARD_BYTES, **request)
-    counts = {p.index: len(p.keep) for p in run.given.layers} if run.given else getattr(run, "counts", None)
+    counts = {p.index: len(p.keep) for p in run.given.layers} if run.given else run.counts
     budget = run.budget
     share = sum(counts.values()) / (run.before.experts * len(counts)) if counts else (budget.keep if budget else 1) or 1
     ahead = forecast(run.streamed, run.before, share, out, run.data if run.needs_data else None, memory)
@@ -147,6 +147,7 @@ class _Run:
         self.budget, self.data, self.profile, self.given = budget, data, profile, plan
         self.propagate, self.shard_bytes, self.seed = propagate, shard_bytes, seed
         self.digest = streamed.checkpoint.digest()
+        self.counts: dict[int, int] | None = None  # known beforehand under a uniform budget
         self.needs_data = bool(method.observes()) and profile is None and plan is None
         if self.needs_data and data is None:
             raise UsageError(
@@ -205,6 +206,7 @@ class _Run:
         states = States(work.folder / "states", memory, durable=True)
         plans = self._plans_before()
         counts = {i: len(p.keep) for i, p in plans.items()} if plans else self.counts
+        assert counts is not None
         for layer_plan in plans.values():
             if reason := self.method.plain_checkpoint(layer_plan):
                 raise UsageError(f"{self.name}: {reason}")
@@ -247,7 +249,7 @@ class _Run:
         if self.one_sweep and self.needs_data:
             return {}
         assert self.budget is not None
-        return plan_layers(self.streamed, self.method, self.budget, self.layers, getattr(self, "counts", None))
+        return plan_layers(self.streamed, self.method, self.budget, self.layers, self.counts)
 
     def _apply(self, plans: Mapping[int, LayerPlan], progress: Progress) -> None:
         """One sweep over the weights alone."""
@@ -273,10 +275,11 @@ class _Run:
         plans: dict[int, LayerPlan] = {}
         kept = states.kept()
         first = 0 if kept is None else kept + 1
-        recorded = {line["layer"] for line in self.work.journal()}
+        journal = self.work.journal()
+        recorded = {line["layer"] for line in journal}
         if any(index < first and index not in recorded for index in self.streamed.moe):
             first = 0  # the journal was damaged: what was decided for those layers is not known any more
-        for line in self.work.journal():
+        for line in journal:
             if line["layer"] < first:
                 plans[line["layer"]] = LayerPlan.model_validate(line["plan"])
                 self.figures[line["layer"]] = line["figures"]
@@ -309,6 +312,7 @@ class _Run:
 
     def _plan_layer(self, layer: LayerProfile) -> LayerPlan:
         assert self.budget is not None
+        assert self.counts is not None
         moe = self.streamed.moe[layer.index]
         scores_E = self.method.score(layer)
         keep = select_layer(scores_E, self.counts[layer.index], moe, self.budget)

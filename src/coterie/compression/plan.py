@@ -44,11 +44,6 @@ class Plan(BaseModel):
     data_digest: str = ""
     layers: list[LayerPlan]
 
-    def uniform_count(self) -> int | None:
-        """The number of experts every layer keeps, or None if they differ."""
-        counts = {len(layer.keep) for layer in self.layers}
-        return counts.pop() if len(counts) == 1 else None
-
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 

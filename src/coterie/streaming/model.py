@@ -29,7 +29,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from coterie.anatomy import MoELayer, decoder_layers, moe_layers
+from coterie.anatomy import MoELayer, decoder_layers, is_experts_module, moe_layers
 from coterie.anatomy.architectures import model_class_of
 from coterie.errors import CheckpointError, CoterieError
 from coterie.experts import forward as experts_forward
@@ -79,7 +79,7 @@ class StreamedModel:
         stored = max(checkpoint.tensors.values(), key=lambda info: info.nbytes, default=None)
         stored_dtype = DTYPES[stored.dtype] if stored else torch.float32
         self.compute_dtype = choose_compute_dtype(compute_dtype, device, stored_dtype)
-        self.model = self._build(trust_remote_code)
+        self.model = self._build()
         self.prefix, self.layers = decoder_layers(self.model)
         self.mapping = get_model_conversion_mapping(self.model)
         self._dtype_plan = self.model._get_dtype_plan(self.compute_dtype)
@@ -109,7 +109,7 @@ class StreamedModel:
 
     # -- building and checking ------------------------------------------------------------------------------------
 
-    def _build(self, trust_remote_code: bool) -> PreTrainedModel:
+    def _build(self) -> PreTrainedModel:
         config = self.config
         if hasattr(config.get_text_config(decoder=True), "output_router_logits"):
             config.get_text_config(decoder=True).output_router_logits = False
@@ -305,8 +305,6 @@ class StreamedModel:
 
     def _to_compute_dtype(self, module: nn.Module) -> None:
         """Cast what was loaded into `module` to the compute dtype; fused experts may stay as they are stored."""
-        from coterie.anatomy import is_experts_module
-
         if is_experts_module(module) and self.experts == experts_forward.NAME:
             return
         for name, param in module.named_parameters(recurse=False):

@@ -233,7 +233,6 @@ class ShardWriter:
         self.names = names if total > 1 else ["model.safetensors"]
         self.total_size = sum(spec.nbytes for spec in specs)
         self.places: dict[str, TensorInfo] = {}
-        self._headers: list[bytes] = []
         self._streams: dict[Path, IO[bytes]] = {}
         self._mutex = threading.Lock()
         self._written: set[str] = set()
@@ -300,18 +299,14 @@ class ShardWriter:
             raise ValueError(f"{key}: {tensor.dtype} {tuple(tensor.shape)} where {place.dtype} {place.shape} belongs")
         if place.nbytes:
             data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-            self.write_bytes(key, data, 0)
+            descriptor, done = self._streams[place.file].fileno(), 0
+            try:
+                while done < len(data):
+                    done += os.pwrite(descriptor, data[done : done + 2**30], place.begin + done)
+            except OSError as error:
+                raise disk_error(error, self.folder) from error
         with self._mutex:
             self._written.add(key)
-
-    def write_bytes(self, key: str, data: memoryview, offset: int) -> None:
-        place = self.places[key]
-        descriptor, done = self._streams[place.file].fileno(), 0
-        try:
-            while done < len(data):
-                done += os.pwrite(descriptor, data[done : done + 2**30], place.begin + offset + done)
-        except OSError as error:
-            raise disk_error(error, self.folder) from error
 
     def sync(self) -> None:
         """Make everything written so far survive a crash of the machine."""
