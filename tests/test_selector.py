@@ -45,7 +45,7 @@ def moe(index=0, E=8, top_k=2, groups=1, groups_used=1, group_minimum=1):
     experts.is_transposed = False
     experts.down_proj = nn.Parameter(torch.empty(E, 1, 1, device="meta"))
     parts = {"name": name, "block": nn.Module(), "router_name": f"{name}.gate", "router": nn.Module()}
-    parts |= {"experts_name": f"{name}.experts", "experts": experts}
+    parts |= {"experts_name": f"{name}.experts", "experts": experts, "decoder": nn.Module()}
     return MoELayer(index, top_k=top_k, groups=groups, groups_used=groups_used, group_minimum=group_minimum, **parts)
 
 

@@ -6,7 +6,7 @@ say is in one table (`architectures`).
 
 from coterie.anatomy.experts import ExpertBank, ExpertWeights, is_experts_module
 from coterie.anatomy.layers import MoELayer, decoder_layers, moe_layers
-from coterie.anatomy.slicing import check_keep, select, slice_names
+from coterie.anatomy.slicing import check_keep, narrowed, select, slice_names
 
 __all__ = [
     "ExpertBank",
@@ -16,6 +16,7 @@ __all__ = [
     "decoder_layers",
     "is_experts_module",
     "moe_layers",
+    "narrowed",
     "select",
     "slice_names",
 ]

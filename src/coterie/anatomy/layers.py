@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from coterie.anatomy.architectures import quirks_of
@@ -24,6 +25,7 @@ class MoELayer:
 
     index : position of the decoder layer (not a counter of MoE layers).
     name, router_name, experts_name : module paths inside the model.
+    decoder : the decoder layer the block is part of.
     shared : paths of shared experts and their gates; part of the block, never sliced.
     top_k : experts the router picks per token.
     groups, groups_used : group-limited routing; 1, 1 where there is none.
@@ -37,6 +39,7 @@ class MoELayer:
     router: nn.Module
     experts_name: str
     experts: nn.Module
+    decoder: nn.Module
     top_k: int
     groups: int = 1
     groups_used: int = 1
@@ -50,6 +53,10 @@ class MoELayer:
     @property
     def num_experts(self) -> int:
         return self.bank.num_experts
+
+    @property
+    def router_device(self) -> torch.device:
+        return next(self.router.parameters()).device
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -135,6 +142,7 @@ def _moe_layer(model: nn.Module, prefix: str, index: int, experts_name: str) -> 
         router=router,
         experts_name=experts_name,
         experts=experts,
+        decoder=model.get_submodule(f"{prefix}.{index}"),
         top_k=top_k,
         groups=groups,
         groups_used=(_first(router, "topk_group") or 1) if groups > 1 else 1,

@@ -10,13 +10,16 @@ The number in the config is written by `anatomy.counts`. Shared experts are not 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coterie.anatomy.layers import MoELayer
 from coterie.errors import ModelError
+from coterie.experts.forward import rerouted
 
 
 def check_keep(layer: MoELayer, keep: Sequence[int]) -> None:
@@ -89,14 +92,67 @@ def select(layer: MoELayer, keep: Sequence[int]) -> None:
     before = layer.num_experts
     index = torch.tensor(list(keep))
     for path, dim in slice_names(layer).items():
-        owner_path, _, name = path[len(layer.name) + 1 :].rpartition(".")
-        owner = layer.block.get_submodule(owner_path)
+        owner, name = _owner(layer, path)
         tensor = getattr(owner, name)
         _replace(owner, name, tensor.index_select(dim, index.to(tensor.device)))
     for module in (layer.block, layer.experts, *layer.router.modules()):
-        for name in ("num_experts", "n_routed_experts", "num_local_experts", "out_features"):
-            if getattr(module, name, None) == before:
-                setattr(module, name, len(keep))
+        _recount(module, before, len(keep))
+
+
+@contextmanager
+def narrowed(layer: MoELayer, keep: Sequence[int], rows: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """Run `layer` as if it had only the experts `keep`: the same results as `select`, and no expert is copied.
+
+    The router and its biases are sliced; expert ids are mapped back on their way to the experts, which need the
+    "coterie" implementation. Afterwards the layer is as it was.
+
+    rows : router tensors by model name to use instead of sliced ones (a method that makes a new router).
+    """
+    check_keep(layer, keep)
+    if len(keep) == layer.num_experts and rows is None:
+        yield
+        return
+    E, device = layer.num_experts, layer.router_device
+    index = torch.tensor(list(keep), device=device)
+    old_id = torch.cat([index, index.new_full((1,), E)])  # whatever is no expert stays none
+    tensors: list[tuple[dict[str, Any], str, Any]] = []
+    counts: list[tuple[nn.Module, str, int]] = []
+    try:
+        for path, dim in slice_names(layer).items():
+            if path.startswith(f"{layer.experts_name}."):
+                continue
+            owner, name = _owner(layer, path)
+            kind = owner._parameters if name in owner._parameters else owner._buffers
+            tensors.append((kind, name, kind[name]))
+            old = kind[name]
+            assert old is not None
+            new = rows[path].to(old) if rows is not None and path in rows else old.detach().index_select(dim, index)
+            _replace(owner, name, new)
+        for module in (layer.block, *layer.router.modules()):
+            counts += [(module, name, E) for name in _recount(module, E, len(keep))]
+        with rerouted(layer.experts, lambda i, w: (old_id[i.clamp(max=len(keep))], w)):
+            yield
+    finally:
+        for kind, name, value in tensors:
+            kind[name] = value
+        for module, name, count in counts:
+            setattr(module, name, count)
+
+
+def _owner(layer: MoELayer, path: str) -> tuple[nn.Module, str]:
+    owner_path, _, name = path[len(layer.name) + 1 :].rpartition(".")
+    return layer.block.get_submodule(owner_path), name
+
+
+def _recount(module: nn.Module, before: int, after: int) -> list[str]:
+    """Counts of experts that a module remembers; returns the names of those that changed."""
+    names = [n for n in _COUNTS if getattr(module, n, None) == before]
+    for name in names:
+        setattr(module, name, after)
+    return names
+
+
+_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "out_features")
 
 
 def _replace(owner: nn.Module, name: str, value: Tensor) -> None:

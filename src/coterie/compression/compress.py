@@ -24,7 +24,7 @@ from coterie.compression.forecast import Forecast, forecast, redundancy
 from coterie.compression.methods import Method
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.planning import check_plan, check_profile, layer_plan_of, plan_layers
-from coterie.compression.selector import Budget, check_protect, counts_for, select_layer
+from coterie.compression.selector import Budget, check_protect, counts_for
 from coterie.compression.sizes import Size, measure
 from coterie.errors import UsageError
 from coterie.profiling.observe import LayerObservation, unique
@@ -305,7 +305,7 @@ class _Run:
 
     def _observe(self, step: Step) -> LayerProfile:
         assert self.data is not None
-        observers = unique([*self.method.observes(), *FORECAST])
+        observers = unique([*self.method.observes_for(self.counts), *FORECAST])
         with LayerObservation(self.streamed.moe[step.index], observers, len(self.data.domains)) as watch:
             step.run(last=not self.propagate, before=lambda number, batch: watch.batch(batch))
         return watch.result()
@@ -314,9 +314,8 @@ class _Run:
         assert self.budget is not None
         assert self.counts is not None
         moe = self.streamed.moe[layer.index]
-        scores_E = self.method.score(layer)
-        keep = select_layer(scores_E, self.counts[layer.index], moe, self.budget)
-        plan = layer_plan_of(self.method, layer, keep, scores_E)
+        picked = self.method.pick(layer, moe, self.counts[layer.index], self.budget)
+        plan = layer_plan_of(self.method, layer, *picked)
         if reason := self.method.plain_checkpoint(plan):
             raise UsageError(f"{self.name}: {reason}")
         return plan

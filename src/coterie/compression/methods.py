@@ -14,15 +14,16 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from coterie.anatomy import ExpertBank
+from coterie.anatomy import ExpertBank, MoELayer
 from coterie.compression.plan import LayerPlan
+from coterie.compression.selector import Budget, select_global, select_layer
 from coterie.errors import UsageError
 from coterie.profiling.observers import Observer
 from coterie.profiling.profile import LayerProfile
@@ -37,9 +38,29 @@ class Method(BaseModel):
         """The statistics `score` and `prepare` read; only these are computed."""
         return ()
 
+    def observes_for(self, counts: Mapping[int, int] | None) -> tuple[type[Observer], ...]:
+        """The same where it depends on how many experts each layer keeps (None: not known beforehand)."""
+        return self.observes()
+
     def score(self, layer: LayerProfile) -> Tensor:
         """Saliency of each routed expert. Shape [E]; larger is more worth keeping."""
         raise TypeError(f"{type(self).__name__} gives no score")
+
+    def pick(self, layer: LayerProfile, moe: MoELayer, count: int, budget: Budget) -> tuple[list[int], Tensor]:
+        """The `count` experts of one layer that stay, ascending, and the scores [E] that say why (or none, [0]).
+
+        For methods whose choice is more than a ranking; the selector's by default.
+        """
+        scores_E = self.score(layer)
+        return select_layer(scores_E, count, moe, budget), scores_E
+
+    def pick_all(
+        self, layers: Mapping[int, LayerProfile], moe: Mapping[int, MoELayer], budget: Budget
+    ) -> dict[int, tuple[list[int], Tensor]]:
+        """The experts that stay under a budget over all layers: {layer: (ascending, scores [E] or [0])}."""
+        scores = {index: self.score(layers[index]) for index in moe}
+        keeps = select_global(scores, moe, budget)
+        return {index: (keeps[index], scores[index]) for index in moe}
 
     def prepare(self, layer: LayerProfile, plan: LayerPlan) -> None:
         """Put into `plan.extra` what `rebuild` needs beyond the kept experts."""
@@ -48,10 +69,24 @@ class Method(BaseModel):
         """Edit the kept experts in place, before the others are removed. Returns figures for the record."""
         return {}
 
+    def router_rows(self, rows: dict[str, Tensor], plan: LayerPlan) -> dict[str, Tensor]:
+        """New router tensors instead of the kept experts' old ones.
+
+        rows : every tensor outside of the experts with one entry per expert, by its path below the MoE block, in the
+            stored dtype, all experts, entries along dimension 0. Returns, for those that change, tensors of the same
+            dtype with one entry for each kept expert, in the order of `plan.keep`.
+        """
+        return {}
+
     @property
     def rebuilds(self) -> bool:
         """Does `rebuild` change weights?"""
         return type(self).rebuild is not Method.rebuild
+
+    @property
+    def reroutes(self) -> bool:
+        """Does `router_rows` change routers?"""
+        return type(self).router_rows is not Method.router_rows
 
     def plain_checkpoint(self, plan: LayerPlan) -> str | None:
         """Why a plain checkpoint cannot hold this method's result for this layer, or None if it can."""

@@ -12,7 +12,7 @@ import torch
 from coterie.anatomy import check_keep
 from coterie.compression.methods import Method, get_method
 from coterie.compression.plan import LayerPlan, Plan
-from coterie.compression.selector import Budget, check_protect, counts_for, select_global, select_layer
+from coterie.compression.selector import Budget, check_protect, counts_for
 from coterie.compression.sizes import measure
 from coterie.errors import UsageError
 from coterie.profiling.profile import LayerProfile, Profile
@@ -32,15 +32,14 @@ def plan_layers(
     """
     empty = {i: LayerProfile(i, moe.name, moe.num_experts, moe.top_k, 0, moe.groups) for i, moe in streamed.moe.items()}
     profiles = {i: layers.get(i, empty[i]) for i in streamed.moe}
-    scores = {i: method.score(layer) for i, layer in profiles.items()}
     if budget.scope == "global":
-        keeps = select_global(scores, streamed.moe, budget)
+        picked = method.pick_all(profiles, streamed.moe, budget)
     else:
         if counts is None:
             size = measure(streamed)
             counts = counts_for(budget, streamed.moe, size.bytes_of_expert, size.other_bytes)
-        keeps = {i: select_layer(scores[i], counts[i], moe, budget) for i, moe in streamed.moe.items()}
-    return {i: layer_plan_of(method, profiles[i], keeps[i], scores[i]) for i in streamed.moe}
+        picked = {i: method.pick(profiles[i], moe, counts[i], budget) for i, moe in streamed.moe.items()}
+    return {i: layer_plan_of(method, profiles[i], *picked[i]) for i in streamed.moe}
 
 
 def make_plan(streamed: StreamedModel, model: str, name: str, method: Method, budget: Budget, profile: Profile) -> Plan:

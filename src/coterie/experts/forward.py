@@ -1,10 +1,11 @@
 """The experts forward of Coterie: every architecture's experts, one expert at a time, observable and frugal.
 
-Registered with transformers as the experts implementation "coterie". It differs from the stock ones in three ways:
+Registered with transformers as the experts implementation "coterie". It differs from the stock ones in four ways:
 
 - weights may be stored in another dtype than the activations: each expert is widened into one reused buffer just
   before its matrix products, so a layer of bfloat16 experts computes in float32 without a second copy of the layer;
 - a tap (`observe`) sees every expert's routed inputs, applied weights and raw outputs, before they are weighted;
+- a slot (`rerouted`) may change ids and weights between router and experts: skipping, renumbering, overriding;
 - index == num_experts means "no expert" everywhere: no cost, no weight.
 
 It does not know what observers do with what they see, nor which model it runs in.
@@ -15,7 +16,7 @@ It does not know what observers do with what they see, nor which model it runs i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -35,6 +36,12 @@ class Tap(Protocol):
 
     def expert(self, expert: int, row_R: Tensor, x_RH: Tensor, y_RH: Tensor) -> None:
         """Called once per expert that has rows; `row_R` indexes the flattened [T*K] slots, `y_RH` is unweighted."""
+
+    def combined(self, sum_TH: Tensor) -> None:
+        """Called once per watched forward with the weighted sum of all experts, in at least float32."""
+
+
+Slot = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (index_TK, weight_TK) -> what the experts shall run
 
 
 _scratch: dict[tuple[Any, ...], Tensor] = {}
@@ -80,6 +87,9 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     Peak memory beside the weights: one expert in the activations' dtype, its routed rows, and one [T, H] sum.
     """
     x_TH, E = hidden_states, _first_size(self.down_proj)
+    slots: list[Slot] = getattr(self, "_coterie_slots", [])
+    for slot in slots:
+        top_k_index, top_k_weights = slot(top_k_index, top_k_weights)
     tap: Tap | None = getattr(self, "_coterie_tap", None)
     watched = tap is not None and tap.routed(x_TH, top_k_index, top_k_weights)
     K = top_k_index.shape[-1]
@@ -105,6 +115,9 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
             assert tap is not None
             tap.expert(expert, row_R, x_RH, y_RH)
         sum_TH.index_add_(0, token_R, (y_RH * slot_weight[row_R]).to(sum_TH.dtype))
+    if watched:
+        assert tap is not None
+        tap.combined(sum_TH)
     return sum_TH.to(x_TH.dtype)
 
 
@@ -119,3 +132,17 @@ def observe(module: nn.Module, tap: Tap) -> Iterator[None]:
         yield
     finally:
         del module._coterie_tap
+
+
+@contextmanager
+def rerouted(module: nn.Module, slot: Slot) -> Iterator[None]:
+    """Let `slot` change the ids [T, K] and weights [T, K] that one experts module of the "coterie" implementation runs.
+
+    Slots nest: one entered later runs earlier, as it stands nearer to the router. Ids >= E mean "no expert".
+    """
+    before: list[Slot] = getattr(module, "_coterie_slots", [])
+    module._coterie_slots = [slot, *before]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        module._coterie_slots = before  # type: ignore[assignment]

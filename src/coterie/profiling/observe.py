@@ -35,6 +35,9 @@ class LayerObservation:
         shape = LayerShape(layer.num_experts, layer.top_k, layer.bank.hidden_size, domains)
         self.observers = [cls(shape) for cls in observers]
         self._with_outputs = [o for o in self.observers if o.watches_outputs]
+        self._with_sum = [o for o in self.observers if o.watches_sum]
+        self._needs_residual = any(o.needs_residual for o in self.observers)
+        self._normed: dict[int, tuple[Tensor, Tensor]] = {}  # output's address: (input, output) of a norm
         self.tokens = 0
         self._logits_missed = False
         self._batch: Batch | None = None
@@ -43,16 +46,36 @@ class LayerObservation:
     def batch(self, batch: Batch) -> None:
         """The batch that passes next."""
         self._batch, self._logits_TE = batch, None
+        self._normed.clear()
 
     def __enter__(self) -> LayerObservation:
         self._stack = ExitStack()
         self._stack.enter_context(experts_forward.observe(self.layer.experts, self))
         handle = self.layer.router.register_forward_hook(self._router_hook)
         self._stack.callback(handle.remove)
+        if self._needs_residual:
+            for module in self.layer.decoder.modules():
+                if is_norm(module, self.layer.bank.hidden_size):
+                    self._stack.callback(module.register_forward_hook(self._norm_hook).remove)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
+
+    def _norm_hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._normed[output.data_ptr()] = (args[0], output)  # the output is held, so its address stays its own
+
+    def _residual(self, x_TH: Tensor) -> Tensor | None:
+        """The hidden state that a norm turned into the experts' inputs, [T, H]."""
+        if not self._needs_residual:
+            return None
+        found = self._normed.get(x_TH.data_ptr())
+        if found is None or found[0].numel() != x_TH.numel():
+            raise ModelError(
+                f"layer {self.layer.index}: no norm of the decoder layer makes the inputs of its experts",
+                "Methods that compare the experts' outputs with the residual stream cannot judge this architecture.",
+            )
+        return found[0].detach().reshape(x_TH.shape)
 
     def _router_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         logits = output[0] if isinstance(output, tuple) else output
@@ -80,18 +103,24 @@ class LayerObservation:
         domain_B = self._batch.domain_B if self._batch.domain_B is not None else torch.zeros(ids.shape[0]).long()
         domain_T = domain_B.to(x_TH.device)[:, None].expand(ids.shape).reshape(-1)
         keep: Callable[[Tensor], Tensor] = (lambda t: t) if self._real_T is None else (lambda t: t[self._real_T])
+        start_BL = torch.zeros(ids.shape, dtype=torch.bool, device=x_TH.device)
+        start_BL[torch.arange(len(ids)), 0 if mask is None else mask.to(x_TH.device).int().argmax(1)] = True
+        residual_TH = self._residual(x_TH)
         routing = Routing(
             x_TH=keep(x_TH.detach()),
             logits_TE=None if self._logits_TE is None else keep(self._logits_TE),
             weight_TK=keep(self._weight_TK),
             index_TK=keep(index_TK.detach()),
             domain_T=keep(domain_T),
+            start_T=keep(start_BL.reshape(-1)),
+            residual_TH=None if residual_TH is None else keep(residual_TH),
         )
+        self._routing = routing
         self.tokens += routing.x_TH.shape[0]
         self._logits_missed |= routing.logits_TE is None
         for observer in self.observers:
             observer.see_routing(routing)
-        return bool(self._with_outputs)
+        return bool(self._with_outputs or self._with_sum)
 
     def expert(self, expert: int, row_R: Tensor, x_RH: Tensor, y_RH: Tensor) -> None:
         K = self._weight_TK.shape[-1]
@@ -109,9 +138,18 @@ class LayerObservation:
         for observer in self._with_outputs:
             observer.see_outputs(rows)
 
+    def combined(self, sum_TH: Tensor) -> None:
+        if self._with_sum:
+            real_TH = sum_TH if self._real_T is None else sum_TH[self._real_T]
+            for observer in self._with_sum:
+                observer.see_sum(self._routing, real_TH)
+
     def result(self) -> LayerProfile:
-        """What was seen. Raises ModelError if the layer never ran: a hook that missed must not look like zeros."""
-        if self.tokens == 0:
+        """What was seen. The layer must still be in memory and whole.
+
+        Raises ModelError if it never ran: a hook that missed must not look like zeros.
+        """
+        if self.tokens == 0 and any(o.needs_text for o in self.observers):
             raise ModelError(
                 f"layer {self.layer.index} was never seen routing a token",
                 "Its experts do not run through transformers' experts interface.",
@@ -119,9 +157,16 @@ class LayerObservation:
         stats: dict[str, Tensor] = {}
         for observer in self.observers:
             if not (observer.needs_logits and self._logits_missed):
+                observer.see_layer(self.layer)
                 stats |= observer.state()
         layer = self.layer
         return LayerProfile(layer.index, layer.name, layer.num_experts, layer.top_k, self.tokens, layer.groups, stats)
+
+
+def is_norm(module: nn.Module, hidden: int) -> bool:
+    """Does this module own one weight per channel and nothing else, as the norms of all families do?"""
+    own = list(module.parameters(recurse=False))
+    return 0 < len(own) <= 2 and all(p.shape == (hidden,) for p in own) and not list(module.children())
 
 
 def unique(observers: Iterable[type[Observer]]) -> Sequence[type[Observer]]:

@@ -4,7 +4,9 @@ An observer sees the routed tokens of one layer, padding already removed, and ad
 what the experts module really received; nothing is re-derived from logits. Sums are kept in float64 and counts in
 int64, so results do not depend on how the text was cut into batches (beyond the last bits of a float64 sum).
 
-To add a statistic, write a class with `fields` and one of the two `see_*` methods; a method names it in `observes`.
+To add a statistic, write a class with `fields` and one of the `see_*` methods; a method names it in `observes`. One
+with parameters is a function that makes such a class, with the parameters in the names of its fields, so that a
+profile can hold several.
 """
 
 # T tokens, H hidden, E experts, K experts per token, R rows routed to one expert, D domains
@@ -16,6 +18,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from coterie.anatomy import MoELayer
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Routing:
 
     x_TH : their inputs. logits_TE : the router's raw scores (None where the router returns none).
     weight_TK, index_TK : applied gate weights and expert ids; id == E means "no expert", with weight 0.
-    domain_T : domain of each token.
+    domain_T : domain of each token. start_T : True for the first token of each sequence.
+    residual_TH : the hidden state before the norm that made x_TH; None unless an observer needs it.
     """
 
     x_TH: Tensor
@@ -42,6 +47,8 @@ class Routing:
     weight_TK: Tensor
     index_TK: Tensor
     domain_T: Tensor
+    start_T: Tensor
+    residual_TH: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,14 +70,21 @@ class ExpertRows:
 class Observer:
     """Adds up one statistic of one layer.
 
-    fields : {name: "sum" or "max" or "with <other>"}: how two profiles of the same model are merged; "with max_E"
-        means "taken from the side whose max_E is larger".
+    fields : {name: "sum", "max", "same", "none" or "with <other>"}: how two profiles of one model are merged. "same" is
+        for facts of the weights, "none" for what cannot be merged, "with max_E" means "from the side of larger max_E".
     needs_logits : the statistic is left out, not zero, where the router shows no logits of all experts.
+    needs_residual : `Routing.residual_TH` is wanted.
+    needs_text : False for statistics of the weights alone, which need no token to pass. needs_experts : of those, False
+        for statistics of the router alone, for which no expert is read.
     """
 
     fields: ClassVar[dict[str, str]] = {}
     watches_outputs: ClassVar[bool] = False
+    watches_sum: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False
+    needs_residual: ClassVar[bool] = False
+    needs_text: ClassVar[bool] = True
+    needs_experts: ClassVar[bool] = True
 
     def __init__(self, shape: LayerShape) -> None:
         self.shape = shape
@@ -80,6 +94,12 @@ class Observer:
 
     def see_outputs(self, rows: ExpertRows) -> None:
         """Called once per expert and batch, only if `watches_outputs`."""
+
+    def see_sum(self, routing: Routing, sum_TH: Tensor) -> None:
+        """Called once per batch after all experts ran, only if `watches_sum`: the routed experts' weighted sum."""
+
+    def see_layer(self, layer: MoELayer) -> None:
+        """Called once, after the last batch, while the layer is still in memory and whole."""
 
     def state(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.fields}

@@ -67,7 +67,7 @@ class Profile:
     """Statistics of all MoE layers and what they were measured on.
 
     model : name or folder. model_digest, data_digest : identities. domains : their names, index = domain number.
-    settings : samples, length, compute dtype and the like.
+    settings : samples, length, compute dtype and the like. rules : how each statistic merges, see `Observer.fields`.
     """
 
     model: str
@@ -76,6 +76,7 @@ class Profile:
     domains: list[str]
     layers: dict[int, LayerProfile]
     settings: dict[str, Any] = field(default_factory=dict)
+    rules: dict[str, str] = field(default_factory=dict)
 
     def require(self, observers: Iterable[type[Observer]]) -> None:
         """Raise UsageError unless every layer holds these statistics."""
@@ -99,6 +100,7 @@ class Profile:
                 "data_digest": self.data_digest,
                 "domains": self.domains,
                 "settings": self.settings,
+                "rules": self.rules,
                 "layers": [layer.describe() for layer in self.layers.values()],
             }
             (work.folder / "profile.json").write_text(json.dumps(meta, indent=2) + "\n")
@@ -115,7 +117,7 @@ class Profile:
             for layer in layers.values():
                 _check_shapes(layer, len(meta["domains"]))
             names = ("model", "model_digest", "data_digest", "domains", "settings")
-            return cls(layers=layers, **{name: meta[name] for name in names})
+            return cls(layers=layers, rules=meta.get("rules", {}), **{name: meta[name] for name in names})
         except FileNotFoundError as error:
             name = "profile.json" if not (folder / "profile.json").exists() else "profile.safetensors"
             raise DataError(f"{folder} is not a profile: no {name}") from error
@@ -127,6 +129,7 @@ class Profile:
         if self.model_digest != other.model_digest:
             raise UsageError("these profiles are of different models and cannot be merged")
         domains = list(dict.fromkeys(self.domains + other.domains))
+        rules = {**other.rules, **self.rules}
         layers = {}
         for index, mine in self.layers.items():
             theirs = other.layers[index]
@@ -135,13 +138,13 @@ class Profile:
                 raise UsageError(f"these profiles hold different statistics: {', '.join(missing)}")
             a = _on_domains(mine.stats, self.domains, domains)
             b = _on_domains(theirs.stats, other.domains, domains)
-            stats = {name: _merged(name, a, b) for name in a}
+            stats = {name: _merged(_rule(name, rules), name, a, b) for name in a}
             layers[index] = LayerProfile(
                 index, mine.name, mine.experts, mine.top_k, mine.tokens + theirs.tokens, mine.groups, stats
             )
         digest = "+".join(sorted({*self.data_digest.split("+"), *other.data_digest.split("+")}))
         settings = _settings_of_both(self.settings, other.settings)
-        return Profile(self.model, self.model_digest, digest, domains, layers, settings)
+        return Profile(self.model, self.model_digest, digest, domains, layers, settings, rules)
 
 
 def save_layers(file: Path, layers: Iterable[LayerProfile]) -> None:
@@ -170,12 +173,17 @@ def _check_shapes(layer: LayerProfile, domains: int) -> None:
             raise ValueError(f"{name} of layer {layer.index} has the shape {list(tensor.shape)}")
 
 
-def _rule(name: str) -> str:
-    return next(cls.fields[name] for cls in OBSERVERS.values() if name in cls.fields)
+def _rule(name: str, rules: Mapping[str, str]) -> str:
+    return rules.get(name) or next(cls.fields[name] for cls in OBSERVERS.values() if name in cls.fields)
 
 
-def _merged(name: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
-    rule = _rule(name)
+def _merged(rule: str, name: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    if rule == "same":
+        if not torch.equal(a[name], b[name]):
+            raise UsageError(f"these profiles disagree on {name}, which is of the model alone")
+        return a[name]
+    if rule == "none":
+        raise UsageError(f"{name} of two texts does not follow from that of each", "Profile both texts in one run.")
     if rule == "sum":
         return a[name] + b[name]
     if rule == "max":

@@ -43,4 +43,23 @@ def profile_model(
         "compute_dtype": str(streamed.compute_dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
-    return Profile(model, digest or streamed.checkpoint.digest(), data.digest, data.domains, layers, settings)
+    rules = {name: rule for observer in observers for name, rule in observer.fields.items()}
+    digest = digest or streamed.checkpoint.digest()
+    return Profile(model, digest, data.digest, data.domains, layers, settings, rules)
+
+
+def survey(
+    streamed: StreamedModel, observers: Sequence[type[Observer]], progress: Progress | None = None
+) -> dict[int, LayerProfile]:
+    """Statistics of the weights alone: every MoE block is loaded once, or only its router, no token passes."""
+    progress, found = progress or Progress(), {}
+    progress.start("layers", len(streamed.layers))
+    for index in range(len(streamed.layers)):
+        if index in streamed.moe:
+            streamed.load_moe(index, experts=any(o.needs_experts for o in observers))
+            found[index] = LayerObservation(streamed.moe[index], observers, 1).result()
+            streamed.free_layer(index)
+        progress.layer(index)
+    streamed.forget_buffers()
+    progress.done()
+    return found

@@ -207,10 +207,12 @@ class StreamedModel:
         self._materialise_buffers(layer)
         return layer
 
-    def load_moe(self, index: int) -> None:
-        """Bring only the MoE block of layer `index` into memory: enough to edit and write it."""
-        block = f"{self.moe[index].name}."
-        self._load([k for k in self.layer_keys[index] if str(self.params[k]).startswith(block)])
+    def load_moe(self, index: int, *, experts: bool = True) -> None:
+        """Bring only the MoE block of layer `index` into memory, with or without its experts: enough to edit it."""
+        moe = self.moe[index]
+        names = [str(self.params[k]) for k in self.layer_keys[index]]
+        wanted = [n.startswith(f"{moe.name}.") and (experts or not n.startswith(f"{moe.experts_name}.")) for n in names]
+        self._load([key for key, want in zip(self.layer_keys[index], wanted, strict=True) if want])
 
     def free_layer(self, index: int) -> None:
         """Put layer `index` back on meta. An edited layer keeps its edited shapes."""
