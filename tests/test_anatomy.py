@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from coterie.anatomy import check_keep, decoder_layers, moe_layers, select, slice_names
 from coterie.anatomy.architectures import QUIRKS, discover, examine
-from coterie.anatomy.counts import with_expert_count
+from coterie.anatomy.counts import with_expert_counts
 from coterie.errors import CoterieError, ModelError
 from families import CONFIGS, FAMILIES, tiny, tokens
 
@@ -137,7 +137,8 @@ def test_everything_with_one_entry_per_expert_is_sliced_and_nothing_else(family)
 def test_the_config_takes_the_new_count_under_every_name(family):
     config = tiny(family).config
     before = 16 if family == "deepseek-v3" else 8
-    changed = with_expert_count(config.to_dict(), config, before, 4)
+    counts = dict.fromkeys((layer.index for layer in moe_layers(tiny(family))), 4)
+    changed = with_expert_counts(config.to_dict(), config, before, counts, "0")
     again = type(config).from_dict(changed)
     model = type(tiny(family))(again)
     assert {m.num_experts for m in moe_layers(model)} == {4}
@@ -146,7 +147,7 @@ def test_the_config_takes_the_new_count_under_every_name(family):
 @pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "olmoe", "gpt-oss"])
 def test_both_names_of_a_renamed_count_are_written(family):
     config = tiny(family).config
-    changed = with_expert_count(config.to_dict(), config, 8, 4)
+    changed = with_expert_counts(config.to_dict(), config, 8, {0: 4, 1: 4, 2: 4}, "0")
     assert changed["num_experts"] == changed["num_local_experts"] == 4
 
 

@@ -906,19 +906,22 @@ WRONG: dict[str, tuple[tuple[object, ...], list[str]]] = {
     "shard size": (("--keep", 0.5, "--shard-size", "0"), ["cannot read the size '0'"]),
     "memory": (("--keep", 0.5, "--memory", "lots"), ["cannot read the size 'lots'"]),
     "scope": (("--keep", 0.5, "--scope", "all"), ["unknown scope 'all'", "uniform or global"]),
-    "global size": (("--target-size", "1MB", "--scope", "global"), ["a global budget", "uniform"]),
+    "global size": (("--target-size", "1MB", "--scope", "global"), ["a global budget", "--keep-experts"]),
     "layers": (("--keep", 0.5, "--layers", "50-60"), ["--layers 50-60", "no MoE layer", "[0, 2]"]),
     "dense layer": (("--keep", 0.5, "--layers", "1"), ["--layers 1", "no MoE layer"]),
     "no layers": (("--keep", 0.5, "--exclude-layers", "0-2"), ["no MoE layer is left"]),
     "layers text": (("--keep", 0.5, "--layers", "first"), ["cannot read the layers 'first'", "4-30"]),
     "layers huge": (("--keep", 0.5, "--exclude-layers", "0-999999999999999"), ["no MoE layer is left"]),
-    "some layers": (("--keep", 0.5, "--layers", "0"), ["between 4 and 8 experts per layer", "uniform"]),
     "protect layer": (("--keep", 0.5, "--protect", "1:3"), ["--protect 1:3", "layer 1 is no MoE layer"]),
     "protect expert": (("--keep", 0.5, "--protect", "2:8"), ["--protect 2:8", "experts 0..7"]),
     "protect expert, all kept": (("--keep", 1.0, "--protect", "2:8"), ["--protect 2:8", "experts 0..7"]),
     "protect text": (("--keep", 0.5, "--protect", "all"), ["cannot read --protect 'all'", "layer:expert"]),
     "protect many": (("--keep", 0.5, "--protect", "2:0,2:1,2:2,2:3,2:4"), ["layer 2: 5 experts", "only 4"]),
-    "global": (("--keep", 0.5, "--scope", "global"), ["a global budget", "coterie plan --scope global"]),
+    "global": (("--keep", 0.2, "--scope", "global"), ["keeps 3 of 16", "need 4"]),
+    "global protect": (
+        ("--keep", 0.3, "--scope", "global", "--protect", "0:0,0:1,0:2,0:3"),
+        ["4 experts are protected", "only 5 of 16"],
+    ),
     "device": (("--keep", 0.5, "--device", "gpu"), ["--device gpu", "cpu"]),
     "meta device": (("--keep", 0.5, "--device", "meta"), ["--device meta", "cpu"]),
     "dtype": (("--keep", 0.5, "--compute-dtype", "int8"), ["unknown compute dtype 'int8'", "bfloat16"]),
@@ -1116,7 +1119,6 @@ EDITS: dict[str, tuple[Any, list[str]]] = {
     "descending": (_edit(("layers", 0, "keep"), [4, 3, 2, 1]), ["layer 0", "ascending"]),
     "outside": (_edit(("layers", 0, "keep"), [1, 2, 3, 8]), ["layer 0", "0..7"]),
     "negative": (_edit(("layers", 0, "keep"), [-1, 2, 3, 4]), ["layer 0", "0..7"]),
-    "unequal": (_edit(("layers", 0, "keep"), [1, 2]), ["between 2 and 4 experts per layer", "uniform budget"]),
     "one layer": (_edit(("layers",), lambda layers: layers[:1]), ["every MoE layer", "exactly once"]),
     "a layer twice": (_edit(("layers",), lambda layers: [*layers, layers[0]]), ["every MoE layer", "exactly once"]),
     "dense layer": (_edit(("layers", 0, "index"), 1), ["every MoE layer", "exactly once"]),
@@ -1139,16 +1141,6 @@ def test_a_plan_of_dern_without_its_importances_is_refused(value, qwen, profiled
     assert cli("plan", qwen, "--profile", profiled, "--keep", 0.5, "--method", "dern", "--out", plan).code == 0
     edit_json(plan, lambda p: p["layers"][0]["extra"].update(importance=value))
     compress_refused(qwen, "--plan", plan, says=["layers.0", "importance"])
-
-
-def test_a_plan_with_different_counts_is_refused_by_compress(qwen, profiled, tmp_path):
-    plan = tmp_path / "plan.json"
-    arguments = ("plan", qwen, "--profile", profiled, "--keep-experts", 4, "--scope", "global", "--out", plan)
-    assert cli(*arguments, "--protect", "0:0,0:1,0:2,0:3,0:4").code == 0
-    kept = {len(layer["keep"]) for layer in json.loads(plan.read_text())["layers"]}
-    assert len(kept) == 2
-    says = [f"between {min(kept)} and {max(kept)} experts per layer", "one number for all", "uniform budget"]
-    compress_refused(qwen, "--plan", plan, says=says)
 
 
 PROFILES: dict[str, tuple[str, Any]] = {

@@ -178,17 +178,16 @@ def test_padding_in_calibration_changes_nothing_in_the_plan(tmp_path):
     assert [p.keep for p in a.plan.layers] == [p.keep for p in b.plan.layers]
 
 
-def test_untouched_layers_keep_all_experts_in_the_plan_and_apply_refuses_them(tmp_path, ids):
-    from coterie.errors import UsageError
-
+def test_untouched_layers_keep_all_experts(tmp_path, ids):
     folder = saved("mixtral", tmp_path)
     coterie.profile(str(folder), tokens=str(ids), methods=["reap"], out=str(tmp_path / "profile"))
     plan = coterie.plan(str(folder), str(tmp_path / "profile"), keep=0.5, layers="1-2", out=str(tmp_path / "plan.json"))
     assert [len(p.keep) for p in plan.layers] == [8, 4, 4]
-    with pytest.raises(UsageError, match="between 4 and 8 experts per layer; a plain checkpoint has one number"):
-        coterie.compress(str(folder), str(tmp_path / "out"), plan=str(tmp_path / "plan.json"))
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
+    coterie.compress(str(folder), str(tmp_path / "out"), plan=str(tmp_path / "plan.json"))
+    before, after = each_tensor(folder), each_tensor(tmp_path / "out")
+    whole = [name for name in before if ".layers.0." in name]
+    assert len([name for name in whole if ".experts." in name]) == 24
+    assert all(torch.equal(before[name], after[name]) for name in whole)
 
 
 def test_a_global_budget_ranks_over_layers_in_two_sweeps(tmp_path, ids):

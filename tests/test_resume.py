@@ -21,7 +21,7 @@ from families import saved, token_file
 from inprocess import cli, fingerprint, start, until
 
 KILLED = 9
-MODES = ("reap", "plan", "dern", "propagate")
+MODES = ("reap", "plan", "dern", "propagate", "global")
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-moe": {"num_hidden_layers": 5},  # layer 1 is dense
     "deepseek-v3": {"num_hidden_layers": 4},  # layer 0 is dense, groups, shared experts, router biases
@@ -53,7 +53,7 @@ def run_watched(arguments: tuple[str, ...], report: str) -> None:
         return read(self, key, *rest, **options)
 
     def watched_publish(self: Workspace, keep: Any) -> None:
-        journal.extend(step["layer"] for step in self.journal())
+        journal.extend(step["layer"] for step in self.journal() if "layer" in step)
         publish(self, keep)
 
     Checkpoint.read, Workspace.publish = watched_read, watched_publish  # type: ignore[method-assign]
@@ -132,12 +132,15 @@ class Job:
         options: tuple[Any, ...] = ("--keep", 0.5, "--tokens", tokens, "--method", "dern" if mode == "dern" else "reap")
         if mode == "propagate":
             options += ("--propagate",)
+        if mode == "global":
+            options += ("--scope", "global", "--protect", f"{MOE[family][0]}:0,{MOE[family][0]}:1")
         self.options = options
         if mode == "plan":
             assert ended(run, self.arguments(folder / "for-plan"), str(folder / "planned")) == 0
             shutil.copy(folder / "for-plan" / "plan.json", folder / "plan.json")
             self.options = ("--plan", folder / "plan.json")
         self.swept = mode != "plan"
+        self.sweeps = 2 if mode == "global" else 1  # one that profiles, one that writes
         assert ended(run, self.arguments(folder / "plain"), str(folder / "started")) == 0
         self.plain = fingerprint(folder / "plain")
         names = {"config.json", "coterie.json", "plan.json", "README.md", "model.safetensors.index.json"}
@@ -200,7 +203,7 @@ def test_ten_kills_at_random_moments_change_no_byte(mode, jobs, tmp_path):
     job.finish(out)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MODES[:4])
 @pytest.mark.parametrize("family", MOE)
 def test_a_kill_behind_any_line_of_the_journal_costs_no_earlier_layer(family, mode, jobs, tmp_path):
     job = jobs(family, mode)
@@ -222,6 +225,17 @@ def test_a_kill_behind_any_line_of_the_journal_costs_no_earlier_layer(family, mo
         ]
 
 
+def test_a_killed_global_job_profiles_no_layer_twice(jobs, tmp_path):
+    job, out = jobs("deepseek-v3", "global"), tmp_path / "out"
+    assert ended(run_and_die_behind_line, job.arguments(out), len(job.moe) + 1) == KILLED
+    lines = [json.loads(line) for line in journal_of(out)]
+    assert [line.get("seen", line.get("layer")) for line in lines] == [*job.moe, job.moe[0]]
+    assert ended(run_watched, job.arguments(out), str(tmp_path / "report")) == 0
+    told = json.loads((tmp_path / "report").read_text())
+    assert told["layers"] == [0, *job.moe[1:]]  # the dense layer is copied again; the one already written is not read
+    job.check(out)
+
+
 def journal_of(out: Path) -> list[bytes]:
     return (partial(out) / "journal.jsonl").read_bytes().splitlines()
 
@@ -234,7 +248,7 @@ def reads_again(job: Job, layer: int) -> bool:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_job_that_is_killed_behind_every_line_still_ends(mode, jobs, tmp_path):
     job, out = jobs("deepseek-v3", mode), tmp_path / "out"
-    for _ in range(len(job.moe) + 2):
+    for _ in range(job.sweeps * len(job.moe) + 2):
         code = ended(run_and_die_behind_line, job.arguments(out), 2 if job.swept else 1)
         if code == 0:
             break

@@ -4,13 +4,19 @@
     coterie.compress("Qwen/Qwen3-30B-A3B", "smaller", method="reap", keep=0.5, data=["calibration.jsonl"])
     model, tokenizer = coterie.load("smaller")
 
-Everything is imported when it is first used: `import coterie` itself costs nothing.
+Everything is imported when it is first used: `import coterie` itself costs nothing. It does teach transformers, whether
+loaded before or after, to load checkpoints whose layers differ (see `coterie.plugin`).
 """
 
 from typing import Any
 
+from coterie import plugin
+
 __version__ = "0.1.0"
-__all__ = ["compress", "evaluate", "load", "plan", "profile"]
+__all__ = ["compress", "evaluate", "load", "plan", "profile", "score_tasks", "skipping"]
+
+
+plugin.install()
 
 
 def __getattr__(name: str) -> Any:

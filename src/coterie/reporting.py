@@ -91,7 +91,10 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def _names(records: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> list[str]:
     """A short name for each: the method and what it kept, with the folder where that is not enough."""
-    short = [f"{r['recipe']['method']}, {r['after']['experts']}/{r['before']['experts']} experts" for r in records]
+    short = [
+        f"{r['recipe']['method']}, {r['after']['experts_total']}/{r['before']['experts_total']} experts"
+        for r in records
+    ]
     return [s if short.count(s) == 1 else f"{s} ({Path(f).name})" for s, f in zip(short, folders)]
 
 

@@ -1,4 +1,4 @@
-"""Write a new expert count into a config.json, under every name readers know it by.
+"""Write new expert counts into a config.json, under every name readers know them by.
 
 transformers v5 renamed counts (`num_experts` became `num_local_experts` for some families) and older readers fall
 back to a default when their name is missing. So the raw JSON is edited, not re-serialised: all names the family
@@ -10,15 +10,21 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from coterie.anatomy.architectures import COUNT_FIELDS
+from coterie.anatomy.uneven import header, is_coterie, layer_counts, special, write_counts
 from coterie.errors import ModelError
 
 
-def with_expert_count(raw: dict[str, Any], config: Any, before: int, after: int) -> dict[str, Any]:
-    """A copy of the raw config with `after` routed experts instead of `before`.
+def with_expert_counts(
+    raw: dict[str, Any], config: Any, before: int, counts: Mapping[int, int], version: str
+) -> dict[str, Any]:
+    """A copy of the raw config in which MoE layer i has counts[i] routed experts.
+
+    Equal counts make a plain config; with different ones it is marked as a "coterie" checkpoint (see `uneven`).
 
     Parameters
     ----------
@@ -26,13 +32,16 @@ def with_expert_count(raw: dict[str, Any], config: Any, before: int, after: int)
         Parsed config.json.
     config : PreTrainedConfig
         The same, as transformers reads it (it knows which names are aliases).
-    before, after : int
-        Routed experts per MoE layer.
+    before : int
+        Most routed experts in any layer so far: the number the config names.
+    counts : {decoder layer: routed experts}
+    version : str
+        Of Coterie, for the record.
 
     Raises
     ------
     ModelError
-        If no name of the count is found, or reading the result back does not give `after`.
+        If no name of the count is found, or reading the result back does not give the counts.
     """
     text = config.get_text_config(decoder=True)
     names = [name for name in COUNT_FIELDS if _value(text, name) == before]
@@ -40,13 +49,21 @@ def with_expert_count(raw: dict[str, Any], config: Any, before: int, after: int)
         raise ModelError(f"cannot find where the config of {text.model_type} keeps its number of experts ({before})")
     result = copy.deepcopy(raw)
     section = _section(result, config, text)
-    section |= dict.fromkeys(names, after)
+    write_counts(section, names, text, counts)
+    if len(set(counts.values())) > 1:
+        result["quantization_config"] = {**(result.get("quantization_config") or {}), **header(version)}
+    elif is_coterie(result.get("quantization_config")) and not special(result["quantization_config"]):
+        del result["quantization_config"]
+    most = max(counts.values())
     with tempfile.TemporaryDirectory() as folder:  # read as a checkpoint's config is read, special values and all
         (Path(folder) / "config.json").write_text(json.dumps(result), encoding="utf-8")
-        again = type(config).from_pretrained(folder).get_text_config(decoder=True)
-    wrong = {name: _value(again, name) for name in names if _value(again, name) != after}
-    if wrong:
-        raise ModelError(f"config of {text.model_type} does not take a new expert count: {wrong} after {after}")
+        again = type(config).from_pretrained(folder)
+    reread = again.get_text_config(decoder=True)
+    wrong: dict[Any, Any] = {name: _value(reread, name) for name in names if _value(reread, name) != most}
+    wrong |= {i: n for i, n in layer_counts(again).items() if counts.get(i) != n}
+    missing = {i: n for i, n in counts.items() if n != most} if len(set(counts.values())) > 1 else {}
+    if wrong or missing.keys() - layer_counts(again).keys():
+        raise ModelError(f"config of {text.model_type} does not take new expert counts: {wrong or missing}")
     return result
 
 

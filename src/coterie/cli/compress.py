@@ -210,9 +210,11 @@ def _show_redundancy(figures: dict[str, Any], where: str) -> None:
 
 
 def _show_result(result: Any, out: str, elapsed: float, report: bool) -> None:
+    from coterie.compression.sizes import spoken_experts
+
     before, after = result.before, result.after
     rows = [
-        ["experts per layer", f"{before.experts}", f"{after.experts}"],
+        ["experts per layer", spoken_experts(before.describe()), spoken_experts(after.describe())],
         ["weights", gigabytes(before.bytes), gigabytes(after.bytes)],
         ["parameters", millions(before.parameters), millions(after.parameters)],
         ["active per token", millions(before.active_parameters), millions(after.active_parameters)],

@@ -43,7 +43,7 @@ TargetSize = Annotated[
 Scope = Annotated[
     str,
     typer.Option(
-        help="uniform: the same number in every layer. global: rank experts over all layers (for `coterie plan`).",
+        help="uniform: the same number in every layer. global: rank experts over all layers.",
         rich_help_panel=_B,
     ),
 ]
@@ -53,5 +53,6 @@ Minimum = Annotated[
 Layers = Annotated[str | None, typer.Option(help="Only these decoder layers, e.g. 4-30.", rich_help_panel=_B)]
 ExcludeLayers = Annotated[str | None, typer.Option(help="All but these decoder layers.", rich_help_panel=_B)]
 Protect = Annotated[
-    list[str] | None, typer.Option(help="Experts that always stay: layer:expert,...", rich_help_panel=_B)
+    list[str] | None,
+    typer.Option(help="Experts that always stay: layer:expert,... or a file of `coterie analyze`.", rich_help_panel=_B),
 ]

@@ -7,6 +7,7 @@ file to file if they are not; touched ones are written in the dtype they were st
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -16,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.anatomy import select, slice_names
-from coterie.anatomy.counts import with_expert_count
+from coterie.anatomy import MoELayer, select, slice_names
+from coterie.anatomy.counts import with_expert_counts
 from coterie.anatomy.layers import refuse_unsliceable
 from coterie.compression.methods import Method
 from coterie.compression.plan import LayerPlan, Plan
-from coterie.errors import UsageError
+from coterie.compression.sizes import spoken_experts
 from coterie.streaming.model import StreamedModel
 from coterie.streaming.writer import ShardWriter, Spec, disk_error, write_json
 
@@ -41,20 +42,21 @@ class Output:
         Where files are written.
     counts : {layer: experts it will keep}
     method : Method
-        Its `rebuild` may change weights even where every expert stays.
+        Its `rebuild` and `router_rows` may change weights even where every expert stays.
     shard_bytes : int
 
-    Raises UsageError if the counts differ between layers: a plain checkpoint has one number for all.
+    Equal counts make a plain checkpoint; with different ones the config says what each layer has (see
+    `anatomy.uneven`).
     """
 
     def __init__(
         self, streamed: StreamedModel, folder: Path, counts: Mapping[int, int], method: Method, shard_bytes: int
     ) -> None:
         self.streamed, self.folder, self.method = streamed, folder, method
-        self.experts_before = next(iter(streamed.moe.values())).num_experts
-        refuse_uneven(counts)
-        self.experts_after = next(iter(counts.values()))
-        if self.experts_after != self.experts_before:
+        self.counts = dict(counts)
+        self.before = {index: layer.num_experts for index, layer in streamed.moe.items()}
+        self.removed = sum(self.before.values()) - sum(counts.values())
+        if self.removed:
             refuse_unsliceable(streamed.model)
         self.sliced = {index: slice_names(layer) for index, layer in streamed.moe.items()}
         self.touched = {
@@ -71,15 +73,18 @@ class Output:
         self.writer = ShardWriter(folder, self._specs(counts), shard_bytes)
 
     def _rebuilt(self, index: int) -> dict[str, int]:
-        """What a method that only recombines weights touches: the experts themselves."""
-        if not self.method.rebuilds:
-            return {}
+        """What a method that removes no expert touches: the experts, the router's rows, or neither."""
         prefix = f"{self.streamed.moe[index].experts_name}."
-        return {name: dim for name, dim in self.sliced[index].items() if name.startswith(prefix)}
+        method = self.method
+        return {
+            name: dim
+            for name, dim in self.sliced[index].items()
+            if (method.rebuilds if name.startswith(prefix) else method.reroutes)
+        }
 
     def _orphan(self, key: str) -> bool:
         """Tensors of extra prediction layers that the model ignores: with other experts they would no longer fit."""
-        if self.streamed.params[key] is not None or self.experts_after == self.experts_before:
+        if self.streamed.params[key] is not None or not self.removed:
             return False
         found = re.search(r"\.layers\.(\d+)\.", key)
         extra = found is not None and int(found[1]) >= len(self.streamed.layers)
@@ -134,19 +139,25 @@ class Output:
         """
         layer = self.streamed.moe[plan.index]
         figures = self.method.rebuild(layer.bank, plan) if self.method.rebuilds else {}
+        stored = {name: self.streamed.retained.pop(name) for name in self.touched[plan.index]}
+        rows = router_rows(self.method, layer, stored, plan)
         state: dict[str, Tensor] = {}
         for name, dim in self.touched[plan.index].items():
-            stored = self.streamed.retained.pop(name)
             if name in self.streamed.fused:
-                for key, view in self.streamed.fused[name].tensors(stored, plan.keep):
+                for key, view in self.streamed.fused[name].tensors(stored[name], plan.keep):
                     self.writer.write(key, view)
+            elif name in rows:
+                state[name] = rows[name]
             else:
-                state[name] = stored.index_select(dim, torch.tensor(plan.keep, device=stored.device))
+                state[name] = stored[name].index_select(dim, torch.tensor(plan.keep, device=stored[name].device))
         if state:
             for key, tensor in self.streamed.checkpoint_tensors(state).items():
                 self.writer.write(key, tensor)
         if in_memory:
             select(layer, plan.keep)
+            for name, value in rows.items():
+                tensor = self.streamed.model.get_parameter_or_buffer(name)
+                tensor.data.copy_(value)
         return figures
 
     def mark_written(self, index: int) -> None:
@@ -170,7 +181,8 @@ class Output:
     def finish(self, plan: Plan, record: dict[str, Any]) -> list[str]:
         """Write what is not weights: config, tokenizer, plan, record, model card. Returns the names of all files."""
         source, raw = self.streamed.checkpoint.folder, self.streamed.checkpoint.raw_config
-        config = with_expert_count(raw, self.streamed.config, self.experts_before, self.experts_after)
+        version = importlib.metadata.version("coterie")
+        config = with_expert_counts(raw, self.streamed.config, max(self.before.values()), self.counts, version)
         if self.notes:
             for name in ("num_nextn_predict_layers", "num_mtp_layers"):
                 if name in config:
@@ -201,14 +213,32 @@ class Output:
             raise disk_error(error, self.folder) from error
 
 
-def refuse_uneven(counts: Mapping[int, int]) -> None:
-    """Raise UsageError if layers keep different numbers of experts: a plain checkpoint has one number for all."""
-    if len(set(counts.values())) > 1:
-        low, high = min(counts.values()), max(counts.values())
-        raise UsageError(
-            f"the plan keeps between {low} and {high} experts per layer; a plain checkpoint has one number for all",
-            "Use a uniform budget over all layers. The plan itself is valid and can be saved with `coterie plan`.",
-        )
+def router_rows(method: Method, layer: MoELayer, stored: Mapping[str, Tensor], plan: LayerPlan) -> dict[str, Tensor]:
+    """The method's new router tensors by model name; {} if it makes none.
+
+    stored : the layer's tensors with one entry per expert, by model name, in the stored dtype.
+    """
+    if not method.reroutes:
+        return {}
+    dims = {name: dim for name, dim in slice_names(layer).items() if not name.startswith(f"{layer.experts_name}.")}
+    below = {name[len(layer.name) + 1 :]: stored[name].movedim(dim, 0) for name, dim in dims.items()}
+    made = method.router_rows(below, plan)
+    found = {}
+    for name, dim in dims.items():
+        local = name[len(layer.name) + 1 :]
+        if local in made:
+            new, old = made[local], below[local]
+            if new.shape != (len(plan.keep), *old.shape[1:]) or new.dtype != old.dtype:
+                raise ValueError(f"{name}: new router tensor of {tuple(new.shape)} {new.dtype}, was {tuple(old.shape)}")
+            found[name] = new.movedim(0, dim)
+    return found
+
+
+def loads_with(after: Mapping[str, int]) -> str:
+    """What a reader of the result needs."""
+    if after["experts_total"] == after["experts"] * after["layers"]:
+        return "Loads with plain transformers."
+    return "Layers differ in size: loads with transformers after `import coterie` (pip install coterie)."
 
 
 def model_card(record: dict[str, Any]) -> str:
@@ -220,13 +250,12 @@ def model_card(record: dict[str, Any]) -> str:
         "## Compressed with Coterie",
         "",
         f"- method: `{recipe['method']}` {recipe['parameters'] or ''}".rstrip(),
-        f"- experts per layer: {before['experts']} -> {after['experts']}",
+        f"- experts per layer: {spoken_experts(before)} -> {spoken_experts(after)}",
         f"- parameters: {before['parameters']:,} -> {after['parameters']:,}"
         f" (active per token: {before['active_parameters']:,} -> {after['active_parameters']:,})",
         f"- weights: {before['bytes'] / 1e9:.3f} GB -> {after['bytes'] / 1e9:.3f} GB",
         "",
-        "Loads with plain transformers. `coterie.json` holds the recipe, digests and versions; `plan.json` which"
-        " experts stayed.",
+        loads_with(after) + " `coterie.json` holds the recipe, digests and versions; `plan.json` which experts stayed.",
         "",
     ]
     return "\n".join(lines)

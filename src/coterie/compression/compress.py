@@ -3,7 +3,8 @@
 - A method that judges each layer alone, under a uniform budget, takes one sweep: a layer is profiled, planned, edited
   and written while it is in memory.
 - A finished plan or profile takes one sweep too, without running the model.
-- A budget over all layers needs all profiles first: one sweep of `coterie profile`, then a plan, then one of these.
+- A budget over all layers, and a method that looks at weights alone, needs all layers before it can plan: one sweep to
+  profile, one over the weights to apply.
 
 A killed run, started again, goes on after the last whole layer and ends with the same bytes.
 """
@@ -19,23 +20,23 @@ from typing import Any
 
 import torch
 
-from coterie.compression.apply import Output, refuse_uneven
+from coterie.compression.apply import Output
 from coterie.compression.forecast import Forecast, forecast, redundancy
 from coterie.compression.methods import Method
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.planning import check_plan, check_profile, layer_plan_of, plan_layers
-from coterie.compression.selector import Budget, check_protect, counts_for
+from coterie.compression.selector import Budget, check_protect, counts_for, select_global
 from coterie.compression.sizes import Size, measure
 from coterie.errors import UsageError
 from coterie.profiling.observe import LayerObservation, unique
 from coterie.profiling.observers import MeanOutput, Observer, SelectionCount
 from coterie.profiling.profile import LayerProfile, Profile, load_layers, save_layers
+from coterie.profiling.run import survey
 from coterie.streaming.lockstep import Progress, States, Step, sweep
 from coterie.streaming.model import StreamedModel
 from coterie.streaming.writer import DEFAULT_SHARD_BYTES, Workspace
 from coterie.text import TokenData
 
-SWEEPS = 1  # whatever the request, every byte of the checkpoint is read once
 FORECAST: tuple[type[Observer], ...] = (SelectionCount, MeanOutput)  # what the redundancy estimate needs
 
 
@@ -107,9 +108,9 @@ def run_forecast(
     run = _Run(shard_bytes=DEFAULT_SHARD_BYTES, **request)
     counts = {p.index: len(p.keep) for p in run.given.layers} if run.given else run.counts
     budget = run.budget
-    share = sum(counts.values()) / (run.before.experts * len(counts)) if counts else (budget.keep if budget else 1) or 1
-    ahead = forecast(run.streamed, run.before, share, out, run.data if run.needs_data else None, memory)
-    if not measure_first or not run.needs_data or run.data is None or not run.one_sweep:
+    share = sum(counts.values()) / run.before.experts_total if counts else (budget.keep if budget else 1) or 1
+    ahead = forecast(run.streamed, run.before, share, out, run.data if run.needs_data else None, memory, run.sweeps)
+    if not measure_first or run.data is None or not run.one_sweep:
         return ahead
     began = 0.0
     steps = sweep(run.streamed, run.data.batches, states=States(limit=memory), progress=progress)
@@ -148,31 +149,31 @@ class _Run:
         self.propagate, self.shard_bytes, self.seed = propagate, shard_bytes, seed
         self.digest = streamed.checkpoint.digest()
         self.counts: dict[int, int] | None = None  # known beforehand under a uniform budget
-        self.needs_data = bool(method.observes()) and profile is None and plan is None
+        self.before = measure(streamed)
+        if budget is not None:
+            check_protect(budget, streamed.moe)
+            if budget.scope == "global":  # whether it can be met does not depend on the scores
+                select_global(
+                    {i: torch.zeros(moe.num_experts) for i, moe in streamed.moe.items()}, streamed.moe, budget
+                )
+            else:
+                self.counts = counts_for(budget, streamed.moe, self.before.bytes_of_expert, self.before.other_bytes)
+        self.observed = method.observes_for(self.counts) if profile is None and plan is None else ()
+        self.needs_data = any(observer.needs_text for observer in self.observed)
         if self.needs_data and data is None:
             raise UsageError(
                 f"{name} judges experts by what they do on text, and no text was given",
                 "Name some with --data, or a finished profile with --profile.",
             )
-        self.one_sweep = plan is None and profile is None and budget is not None and budget.scope == "uniform"
-        if propagate and not (self.needs_data and self.one_sweep):
+        self.one_sweep = self.needs_data and self.counts is not None
+        self.sweeps = 2 if self.observed and not self.one_sweep else 1
+        if propagate and not self.one_sweep:
             raise UsageError("--propagate works while profiling: with --data and a uniform budget only")
-        self.before = measure(streamed)
         if plan is not None:
             check_plan(plan, streamed, self.digest)
-        if budget is not None:
-            check_protect(budget, streamed.moe)
         if profile is not None:
             check_profile(profile, streamed, self.digest)
-            profile.require(method.observes())
-        if budget is not None and budget.scope == "uniform":
-            self.counts = counts_for(budget, streamed.moe, self.before.bytes_of_expert, self.before.other_bytes)
-            refuse_uneven(self.counts)
-        if self.needs_data and budget is not None and budget.scope == "global":
-            raise UsageError(
-                "a global budget gives layers different numbers of experts, which no plain checkpoint can hold",
-                "Plan it with `coterie profile` and `coterie plan --scope global`, or use a uniform budget here.",
-            )
+            profile.require(method.observes_for(self.counts))
 
     def job(self) -> dict[str, Any]:
         """Everything the written bytes depend on."""
@@ -204,7 +205,7 @@ class _Run:
         self.figures: dict[int, dict[str, float]] = {}
         self.layers: dict[int, LayerProfile] = dict(self.profile.layers) if self.profile else {}
         states = States(work.folder / "states", memory, durable=True)
-        plans = self._plans_before()
+        plans = self._plans_before(states, progress)
         counts = {i: len(p.keep) for i, p in plans.items()} if plans else self.counts
         assert counts is not None
         for layer_plan in plans.values():
@@ -230,7 +231,7 @@ class _Run:
             plan,
             self.before,
             after,
-            SWEEPS,
+            self.sweeps,
             self.streamed.checkpoint.bytes_read,
             self.output.writer.bytes_written,
             work.resumed,
@@ -242,18 +243,22 @@ class _Run:
 
     # -- the three ways -------------------------------------------------------------------------------------------
 
-    def _plans_before(self) -> dict[int, LayerPlan]:
-        """All layer plans, where they do not depend on running the model layer by layer."""
+    def _plans_before(self, states: States, progress: Progress) -> dict[int, LayerPlan]:
+        """All layer plans, unless each is made when its layer is there."""
         if self.given is not None:
             return {p.index: p for p in self.given.layers}
-        if self.one_sweep and self.needs_data:
+        if self.one_sweep:
             return {}
+        if self.needs_data:
+            self._profile_first(states, progress)
+        elif self.observed:
+            self.layers = survey(self.streamed, self.observed, progress)
         assert self.budget is not None
         return plan_layers(self.streamed, self.method, self.budget, self.layers, self.counts)
 
     def _apply(self, plans: Mapping[int, LayerPlan], progress: Progress) -> None:
         """One sweep over the weights alone."""
-        done = {step["layer"] for step in self.work.journal()}
+        done = {line["layer"] for line in self.work.journal() if "layer" in line}
         progress.start("layers", len(self.streamed.layers), 0)
         for index in range(len(self.streamed.layers)):
             if index in plans and index not in done:
@@ -268,6 +273,25 @@ class _Run:
             progress.layer(index)
         self.streamed.forget_buffers()
         progress.done()
+
+    def _profile_first(self, states: States, progress: Progress) -> None:
+        """One sweep that only profiles. A restart goes on after the last whole layer."""
+        assert self.data is not None
+        for line in self.work.journal():
+            if "seen" in line:
+                self.layers |= load_layers(self._seen(line["seen"]), [line["profile"]])
+        if self.layers.keys() == self.streamed.moe.keys():
+            return
+        kept = states.kept()
+        first = 0 if kept is None else kept + 1
+        if any(index < first and index not in self.layers for index in self.streamed.moe):
+            first = 0
+        for step in sweep(self.streamed, self.data.batches, states=states, first=first, progress=progress):
+            if step.index in self.streamed.moe:
+                self.layers[step.index] = self._observe(step)
+                self.work.record({"seen": step.index, "profile": self._remember(step.index)})
+            else:
+                step.run()
 
     def _profile_plan_apply(self, states: States, progress: Progress) -> dict[int, LayerPlan]:
         """One sweep: each layer is profiled, planned, edited and written while it is in memory."""
@@ -305,7 +329,7 @@ class _Run:
 
     def _observe(self, step: Step) -> LayerProfile:
         assert self.data is not None
-        observers = unique([*self.method.observes_for(self.counts), *FORECAST])
+        observers = unique([*self.observed, *FORECAST])
         with LayerObservation(self.streamed.moe[step.index], observers, len(self.data.domains)) as watch:
             step.run(last=not self.propagate, before=lambda number, batch: watch.batch(batch))
         return watch.result()
@@ -324,11 +348,15 @@ class _Run:
         self.output.writer.sync()
         figures = self.figures.get(plan.index, {})
         line = {"layer": plan.index, "plan": plan.model_dump(mode="json"), "figures": figures}
-        if self.needs_data and plan.index in self.layers:  # a resumed run reports on these layers too
-            self._seen(plan.index).parent.mkdir(exist_ok=True)
-            save_layers(self._seen(plan.index), [self.layers[plan.index]])
-            line["profile"] = self.layers[plan.index].describe()
+        if self.one_sweep:  # a resumed run reports on these layers too
+            line["profile"] = self._remember(plan.index)
         self.work.record(line)
+
+    def _remember(self, index: int) -> dict[str, Any]:
+        """Keep the profile of one layer for a restart; returns what the journal has to say of it."""
+        self._seen(index).parent.mkdir(exist_ok=True)
+        save_layers(self._seen(index), [self.layers[index]])
+        return self.layers[index].describe()
 
     def _seen(self, index: int) -> Path:
         return self.work.folder / "seen" / f"{index:04d}.safetensors"
@@ -373,7 +401,7 @@ class _Run:
             "domains": domains,
             "tokens": data.tokens if data else {},
             "compute_dtype": str(self.streamed.compute_dtype).removeprefix("torch."),
-            "sweeps": SWEEPS,
+            "sweeps": self.sweeps,
             "before": self.before.describe(),
             "after": after.describe(),
             "figures": {str(index): values for index, values in sorted(self.figures.items()) if values},
@@ -384,17 +412,18 @@ class _Run:
 
 def measure_after(before: Size, output: Output) -> Size:
     """Size of what is being written."""
-    moe = len(output.streamed.moe)
-    removed = (output.experts_before - output.experts_after) * moe
+    removed = output.removed
     router = output.router_parameters_per_expert() * removed
     return Size(
         bytes=output.writer.total_size,
         parameters=before.parameters - removed * before.parameters_of_expert - router,
         active_parameters=before.active_parameters - router,
-        experts=output.experts_after,
+        experts=max(output.counts.values()),
         bytes_of_expert=before.bytes_of_expert,
         parameters_of_expert=before.parameters_of_expert,
         other_bytes=before.other_bytes,
+        experts_total=before.experts_total - removed,
+        layers=before.layers,
     )
 
 

@@ -70,9 +70,9 @@ def forecast(
     out: Path,
     data: TokenData | None,
     memory_limit: int,
-    seconds_per_layer: float | None = None,
+    sweeps: int = 1,
 ) -> Forecast:
-    """What compressing to `keep_share` of the experts will need. Reads headers only."""
+    """What compressing to `keep_share` of the experts will need, in `sweeps` passes. Reads headers only."""
     tensors = streamed.checkpoint.tensors
     layer_bytes = max(sum(tensors[k].nbytes for k in keys) for keys in streamed.layer_keys)
     widen = streamed.compute_dtype.itemsize
@@ -87,19 +87,17 @@ def forecast(
         hidden = min(memory_limit, data.samples * data.length * width * widen) + 6 * 8192 * width * widen
     process = psutil.Process().memory_info().rss
     peak = process + max(embedding, 2 * layer_bytes + small) + hidden
-    removed = (1 - keep_share) * size.experts * len(streamed.moe) * size.bytes_of_expert
+    removed = (1 - keep_share) * size.experts_total * size.bytes_of_expert
     place = next(p for p in (out, *out.absolute().parents) if p.exists())
-    layers = len(streamed.layers)
     return Forecast(
         memory_bytes=int(peak),
         memory_available=psutil.virtual_memory().available + process,
         disk_bytes=int(size.bytes - removed),
         scratch_bytes=2 * kept,
         disk_free=shutil.disk_usage(place).free,
-        bytes_to_read=size.bytes,
-        sweeps=1,
+        bytes_to_read=size.bytes * sweeps,
+        sweeps=sweeps,
         calibration_tokens=sum(data.tokens.values()) if data else 0,
-        seconds=None if seconds_per_layer is None else seconds_per_layer * layers,
     )
 
 

@@ -24,10 +24,11 @@ def plan_layers(
     method: Method,
     budget: Budget,
     layers: Mapping[int, LayerProfile],
-    counts: Mapping[int, int] | None = None,
+    counts: Mapping[int, int] | None,
 ) -> dict[int, LayerPlan]:
     """A pure function of profile, budget and parameters: the plan of every MoE layer.
 
+    counts : experts each layer keeps under a uniform budget; None under a global one.
     A method that looks at no data is given empty profiles.
     """
     empty = {i: LayerProfile(i, moe.name, moe.num_experts, moe.top_k, 0, moe.groups) for i, moe in streamed.moe.items()}
@@ -35,9 +36,7 @@ def plan_layers(
     if budget.scope == "global":
         picked = method.pick_all(profiles, streamed.moe, budget)
     else:
-        if counts is None:
-            size = measure(streamed)
-            counts = counts_for(budget, streamed.moe, size.bytes_of_expert, size.other_bytes)
+        assert counts is not None
         picked = {i: method.pick(profiles[i], moe, counts[i], budget) for i, moe in streamed.moe.items()}
     return {i: layer_plan_of(method, profiles[i], *picked[i]) for i in streamed.moe}
 
@@ -48,8 +47,12 @@ def make_plan(streamed: StreamedModel, model: str, name: str, method: Method, bu
     digest = streamed.checkpoint.digest()
     check_profile(profile, streamed, digest)
     check_protect(budget, streamed.moe)
-    profile.require(method.observes())
-    layers = plan_layers(streamed, method, budget, profile.layers)
+    counts = None
+    if budget.scope == "uniform":
+        size = measure(streamed)
+        counts = counts_for(budget, streamed.moe, size.bytes_of_expert, size.other_bytes)
+    profile.require(method.observes_for(counts))
+    layers = plan_layers(streamed, method, budget, profile.layers, counts)
     return Plan(
         model=model,
         model_digest=digest,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from coterie.anatomy import slice_names
@@ -13,7 +14,8 @@ class Size:
     """Sizes of a checkpoint.
 
     bytes : of all tensors. parameters : numbers in them. active_parameters : those one token is multiplied with
-    (embeddings and head included once, as model cards count). experts : routed experts per layer.
+    (embeddings and head included once, as model cards count). experts : most routed experts in any layer.
+    experts_total : routed experts of all layers. layers : MoE layers.
     bytes_of_expert, parameters_of_expert : of one routed expert. other_bytes : everything but routed experts and
     their router rows.
     """
@@ -25,9 +27,18 @@ class Size:
     bytes_of_expert: int
     parameters_of_expert: int
     other_bytes: int
+    experts_total: int
+    layers: int
 
     def describe(self) -> dict[str, int]:
-        return {k: v for k, v in asdict(self).items() if k in ("bytes", "parameters", "active_parameters", "experts")}
+        told = ("bytes", "parameters", "active_parameters", "experts", "experts_total", "layers")
+        return {k: v for k, v in asdict(self).items() if k in told}
+
+
+def spoken_experts(size: Mapping[str, int]) -> str:
+    """Experts per layer, from `Size.describe()`: `8`, or `up to 8, 37 in all` where layers differ."""
+    even = size["experts_total"] == size["experts"] * size["layers"]
+    return f"{size['experts']}" if even else f"up to {size['experts']}, {size['experts_total']} in all"
 
 
 def measure(streamed: StreamedModel) -> Size:
@@ -47,8 +58,10 @@ def measure(streamed: StreamedModel) -> Size:
         bytes=streamed.checkpoint.nbytes,
         parameters=total,
         active_parameters=active,
-        experts=first.num_experts,
+        experts=max(layer.num_experts for layer in streamed.moe.values()),
         bytes_of_expert=per_expert_bytes,
         parameters_of_expert=per_expert_parameters,
         other_bytes=streamed.checkpoint.nbytes - experts * per_expert_bytes,
+        experts_total=experts,
+        layers=len(streamed.moe),
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from coterie.anatomy.uneven import check_header, is_coterie
 from coterie.errors import CheckpointError, CoterieError, UsageError
 from coterie.streaming.checkpoint import Checkpoint
 
@@ -37,7 +38,10 @@ def read_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
                 f"{checkpoint.folder.name} needs code that comes with the checkpoint",
                 "Read that code first; pass --trust-remote-code if you trust it.",
             )
-    if quantized := next(_entries(raw, "quantization_config"), None):
+    quantized = next(_entries(raw, "quantization_config"), None)
+    if isinstance(quantized, dict) and is_coterie(quantized):
+        check_header(quantized)
+    elif quantized:
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
         raise CheckpointError(
             f"{checkpoint.folder.name} is quantized ({method}); only 16 and 32 bit checkpoints can be streamed",

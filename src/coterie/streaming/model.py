@@ -31,6 +31,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from coterie.anatomy import MoELayer, decoder_layers, is_experts_module, moe_layers
 from coterie.anatomy.architectures import model_class_of
+from coterie.anatomy.uneven import is_coterie, rebuild
 from coterie.errors import CheckpointError, CoterieError
 from coterie.experts import forward as experts_forward
 from coterie.streaming.checkpoint import DTYPES, Checkpoint
@@ -83,6 +84,7 @@ class StreamedModel:
         self.prefix, self.layers = decoder_layers(self.model)
         self.mapping = get_model_conversion_mapping(self.model)
         self._dtype_plan = self.model._get_dtype_plan(self.compute_dtype)
+        self._stored_dtype: dict[str, torch.dtype] = {}
         self.params = self._match_keys()
         self._check_by_dry_conversion()
         shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
@@ -116,6 +118,8 @@ class StreamedModel:
         try:
             with torch.device("meta"):
                 model = model_class_of(config)._from_config(config, dtype=self.compute_dtype)  # type: ignore[attr-defined]
+                if is_coterie(getattr(config, "quantization_config", None)):
+                    rebuild(model)
         except CoterieError:
             raise
         except Exception as error:  # sizes in a config can be anything; so can the exception they cause
@@ -137,8 +141,8 @@ class StreamedModel:
             params[key] = name if name in state else None
         for key, matched in params.items():  # on meta, every parameter takes the dtype it is stored in
             if matched is not None:
-                tensor = state[matched].to(DTYPES[self.checkpoint.tensors[key].dtype])
-                _put(self.model, matched, tensor)
+                self._stored_dtype[matched] = DTYPES[self.checkpoint.tensors[key].dtype]
+                _put(self.model, matched, state[matched].to(self._stored_dtype[matched]))
         return params
 
     def _check_by_dry_conversion(self) -> None:
@@ -215,9 +219,13 @@ class StreamedModel:
         self._load([key for key, want in zip(self.layer_keys[index], wanted, strict=True) if want])
 
     def free_layer(self, index: int) -> None:
-        """Put layer `index` back on meta. An edited layer keeps its edited shapes."""
+        """Put layer `index` back on meta, in the dtypes it is stored in. An edited layer keeps its edited shapes."""
         self._recycle(index)
         _to_meta(self.layers[index])
+        for param in {str(self.params[key]) for key in self.layer_keys[index]}:
+            tensor = self.model.get_parameter_or_buffer(param).detach()
+            if tensor.dtype != self._stored_dtype[param]:
+                _put(self.model, param, tensor.to(self._stored_dtype[param]))
         self.checkpoint.release(self.layer_keys[index])
 
     def forget_buffers(self) -> None:

@@ -1,0 +1,94 @@
+"""Teach transformers to load Coterie's own checkpoints, and do it without importing transformers.
+
+`import coterie` calls `install`. From then on plain `AutoModelForCausalLM.from_pretrained(path)` rebuilds checkpoints
+whose layers differ, trains them and saves them again. It uses transformers' registers of quantization methods, which
+are the hooks it offers for changing modules before weights are loaded; nothing is quantized by that.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_REGISTER = "transformers.quantizers.auto"
+
+
+def install() -> None:
+    """Register with transformers: now if it is loaded, else at the moment it is."""
+    if _REGISTER in sys.modules:
+        register()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport(MetaPathFinder):
+    """Waits for one module to be imported, registers, and is gone."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _REGISTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            register()
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def register() -> None:
+    """Add the "coterie" method to transformers' registers, once."""
+    auto: Any = sys.modules[_REGISTER]
+    if "coterie" in auto.AUTO_QUANTIZER_MAPPING:
+        return
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class CoterieConfig(QuantizationConfigMixin):  # type: ignore[misc]
+        """The `quantization_config` entry, kept as it was read."""
+
+        def __init__(self, **entries: Any) -> None:
+            entries.pop("quant_method", None)
+            self.quant_method = "coterie"
+            self.__dict__.update(entries)
+
+    class CoterieQuantizer(HfQuantizer):  # type: ignore[misc]
+        """Rebuilds the modules of a model before its weights are loaded."""
+
+        requires_calibration = False
+
+        def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+            from coterie.anatomy.uneven import check_header
+
+            check_header(self.quantization_config.to_dict())
+
+        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+            from coterie.anatomy.uneven import rebuild
+
+            rebuild(model)
+
+        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            model.is_quantized = False  # its weights are ordinary numbers: they may be cast and trained
+            return model
+
+        def is_serializable(self) -> bool:
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+    auto.register_quantization_config("coterie")(CoterieConfig)
+    auto.register_quantizer("coterie")(CoterieQuantizer)
