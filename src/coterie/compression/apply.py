@@ -165,13 +165,6 @@ class Output:
         fresh = [key for key, layer in self._fresh_of.items() if layer == index]
         self.writer.mark([*fresh, *(k for k in self.streamed.layer_keys[index] if k in self._through)])
 
-    def router_parameters_per_expert(self) -> int:
-        """Numbers the router holds for one expert (its row and biases), in one layer."""
-        layer = next(iter(self.streamed.moe.values()))
-        names = [n for n in slice_names(layer) if not n.startswith(f"{layer.experts_name}.")]
-        total = sum(int(self.streamed.model.get_parameter_or_buffer(n).numel()) for n in names)
-        return total // layer.num_experts
-
     def copy_rest(self, keys: Iterable[str]) -> None:
         """Copy untouched tensors that no sweep has read, one at a time, checked like all others."""
         for key in keys:

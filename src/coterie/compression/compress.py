@@ -26,7 +26,7 @@ from coterie.compression.methods import Method
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.planning import check_plan, check_profile, layer_plan_of, plan_layers
 from coterie.compression.selector import Budget, check_protect, counts_for, select_global
-from coterie.compression.sizes import Size, measure
+from coterie.compression.sizes import Size, measure, without
 from coterie.errors import UsageError
 from coterie.profiling.observe import LayerObservation, unique
 from coterie.profiling.observers import MeanOutput, Observer, SelectionCount
@@ -220,7 +220,8 @@ class _Run:
             self.output.copy_rest(self.output.through)
             self.output.writer.sync()
             plan = self._plan(plans)
-            after = measure_after(self.before, self.output)
+            after = without(self.streamed, self.before, self.output.removed, max(self.output.counts.values()))
+            after = replace(after, bytes=self.output.writer.total_size)
             record = self._record(plan, after)
             names = self.output.finish(plan, record)
         finally:
@@ -408,23 +409,6 @@ class _Run:
             "notes": self.output.notes,
             "versions": versions(),
         }
-
-
-def measure_after(before: Size, output: Output) -> Size:
-    """Size of what is being written."""
-    removed = output.removed
-    router = output.router_parameters_per_expert() * removed
-    return Size(
-        bytes=output.writer.total_size,
-        parameters=before.parameters - removed * before.parameters_of_expert - router,
-        active_parameters=before.active_parameters - router,
-        experts=max(output.counts.values()),
-        bytes_of_expert=before.bytes_of_expert,
-        parameters_of_expert=before.parameters_of_expert,
-        other_bytes=before.other_bytes,
-        experts_total=before.experts_total - removed,
-        layers=before.layers,
-    )
 
 
 def versions() -> dict[str, str]:

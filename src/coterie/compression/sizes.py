@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from coterie.anatomy import slice_names
 from coterie.streaming.model import StreamedModel
@@ -64,4 +64,25 @@ def measure(streamed: StreamedModel) -> Size:
         other_bytes=streamed.checkpoint.nbytes - experts * per_expert_bytes,
         experts_total=experts,
         layers=len(streamed.moe),
+    )
+
+
+def router_parameters_per_expert(streamed: StreamedModel) -> int:
+    """Numbers a router holds for one expert (its row and biases), in one layer."""
+    layer = next(iter(streamed.moe.values()))
+    names = [n for n in slice_names(layer) if not n.startswith(f"{layer.experts_name}.")]
+    total = sum(int(streamed.model.get_parameter_or_buffer(n).numel()) for n in names)
+    return total // layer.num_experts
+
+
+def without(streamed: StreamedModel, size: Size, removed: int, most: int) -> Size:
+    """The size after `removed` experts are gone and no layer has more than `most`."""
+    router = router_parameters_per_expert(streamed) * removed
+    return replace(
+        size,
+        bytes=size.bytes - removed * size.bytes_of_expert,
+        parameters=size.parameters - removed * size.parameters_of_expert - router,
+        active_parameters=size.active_parameters - router,
+        experts=most,
+        experts_total=size.experts_total - removed,
     )
