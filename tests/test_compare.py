@@ -117,7 +117,7 @@ def test_the_command_line(options, ids, tmp_path):
     done = cli("compare", source, *given, "--methods", "dern:alpha=0.3,selector=frequency", "--out", tmp_path / "cmp")
     assert done.code == 0, done.err
     for text in ("original", "reap 0.75", "random 0.5", "dern:alpha=0.3", "2 sweeps", "6 contenders"):
-        assert text in done.out
+        assert text in done.out + done.err
     assert ("rise of the loss in each domain" in done.out) == bool(options)
     entry = json.loads((tmp_path / "cmp" / "comparison.json").read_text())
     assert entry == cli("compare", source, *given, "--methods", "dern:alpha=0.3,selector=frequency", "--json").json()

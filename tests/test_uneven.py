@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import coterie
+import coterie.errors
 from coterie.anatomy import moe_layers, narrowed
 from coterie.errors import CheckpointError
+from coterie.experts.forward import rerouted
 from coterie.streaming.checkpoint import Checkpoint
 from coterie.streaming.lockstep import Batch, sweep
 from coterie.streaming.model import StreamedModel
@@ -38,8 +41,6 @@ def kept(result):
 
 def masked_logits(source, keeps):
     """The original with its layers narrowed to what a plan keeps."""
-    from contextlib import ExitStack
-
     model = resident(source)
     with ExitStack() as stack, torch.no_grad():
         for layer in moe_layers(model):
@@ -202,3 +203,59 @@ def test_weights_of_another_size_are_refused(made, tmp_path):
     edit_json(tmp_path / "copy" / "config.json", lambda c: c["per_layer_config"].clear())
     with pytest.raises(CheckpointError, match=r"another shape|missing|do not fit"):
         StreamedModel(Checkpoint.open(str(tmp_path / "copy")))
+
+
+# -- padding ------------------------------------------------------------------------------------------------------
+
+BIASED = ("deepseek-v3", "glm4-moe", "gpt-oss", "minimax-m2", "lfm2-moe")
+
+
+@pytest.mark.parametrize("family", BIASED)
+def test_padding_a_router_with_a_bias_is_exact(family, made, tmp_path):
+    source, out, result = made(family)
+    padded = coterie.export(str(out), str(tmp_path / "padded"))
+    assert padded.exact
+    assert not padded.leaks
+    model = resident(tmp_path / "padded")
+    counts = {layer.num_experts for layer in moe_layers(model)}
+    assert counts == {max(len(keep) for keep in kept(result).values())}
+    assert "quantization_config" not in json.loads((tmp_path / "padded" / "config.json").read_text())
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens()).logits, masked_logits(source, kept(result)), atol=1e-5, rtol=0)
+    assert padded.bytes_after == sum(t.nbytes for t in each_tensor(tmp_path / "padded").values())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "olmoe", "granite-moe", "ernie4.5-moe"])
+def test_padding_a_router_without_a_bias_tells_how_often_it_fails(family, made, ids, tmp_path):
+    _, out, _ = made(family)
+    with pytest.raises(coterie.errors.UsageError, match="no bias decides alone"):
+        coterie.export(str(out), str(tmp_path / "none"))
+    padded = coterie.export(str(out), str(tmp_path / "padded"), tokens=str(ids))
+    assert not padded.exact
+    model = resident(tmp_path / "padded")
+    picked = dict.fromkeys(padded.layers, 0)
+
+    def watch(index, before):
+        def slot(ids_TK, weight_TK):
+            picked[index] += int((ids_TK >= before).any(-1).sum())
+            return ids_TK, weight_TK
+
+        return slot
+
+    from safetensors.torch import load_file
+
+    given = load_file(ids)["input_ids"]
+    total = given.numel()
+    with ExitStack() as stack, torch.no_grad():
+        for layer in moe_layers(model):
+            if layer.index in padded.layers:
+                stack.enter_context(rerouted(layer.experts, watch(layer.index, padded.layers[layer.index][0])))
+        model(given)
+    first = min(padded.leaks)  # what passes here changes the inputs of later layers
+    for index, share in padded.leaks.items():
+        assert picked[index] / total <= share + (1e-9 if index == first else 0.05)
+
+
+def test_there_is_nothing_to_pad_in_a_plain_checkpoint(tmp_path):
+    with pytest.raises(coterie.errors.UsageError, match="nothing to pad"):
+        coterie.export(str(saved("mixtral", tmp_path)), str(tmp_path / "out"))

@@ -188,22 +188,28 @@ class Output:
         before = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
         self._write_text("README.md", before + model_card(record))
         names += ["config.json", "coterie.json", "plan.json", "README.md"]
-        for file in sorted(source.iterdir()):
-            wanted = file.suffix in _SMALL_FILES or file.name.startswith("LICENSE")
-            refused = file.name in _NOT_COPIED or file.name.startswith(".")
-            if wanted and not refused and file.is_file() and file.stat().st_size <= _LARGEST_COPY:
-                try:
-                    shutil.copyfile(file, self.folder / file.name)
-                except OSError as error:
-                    raise disk_error(error, self.folder) from error
-                names.append(file.name)
-        return names
+        return names + copy_small_files(self.streamed, self.folder)
 
     def _write_text(self, name: str, text: str) -> None:
         try:
             (self.folder / name).write_text(text, encoding="utf-8")
         except OSError as error:
             raise disk_error(error, self.folder) from error
+
+
+def copy_small_files(streamed: StreamedModel, folder: Path) -> list[str]:
+    """Copy the tokenizer and what else is beside the weights; returns the names."""
+    names = []
+    for file in sorted(streamed.checkpoint.folder.iterdir()):
+        wanted = file.suffix in _SMALL_FILES or file.name.startswith("LICENSE")
+        refused = file.name in _NOT_COPIED or file.name.startswith(".")
+        if wanted and not refused and file.is_file() and file.stat().st_size <= _LARGEST_COPY:
+            try:
+                shutil.copyfile(file, folder / file.name)
+            except OSError as error:
+                raise disk_error(error, folder) from error
+            names.append(file.name)
+    return names
 
 
 def router_rows(method: Method, layer: MoELayer, stored: Mapping[str, Tensor], plan: LayerPlan) -> dict[str, Tensor]:

@@ -1,0 +1,63 @@
+"""`coterie export`: a checkpoint in the form other software needs."""
+
+from typing import Annotated
+
+import typer
+
+from coterie.cli import options as o
+from coterie.cli.common import Common, emit_json, gigabytes, say, table, verb, warn
+from coterie.cli.progress import Bar
+
+
+@verb
+def export(
+    common: Common,
+    model: o.Model,
+    out: Annotated[str, typer.Argument(help="Folder to write.", show_default=False)],
+    pad: Annotated[
+        bool,
+        typer.Option("--pad", help="Give all layers the same number of experts, with dead ones that are never picked."),
+    ] = False,
+    data: o.Data = None,
+    samples: o.Samples = 64,
+    length: o.Length = 512,
+    tokens: o.Tokens = None,
+    tokenizer: o.Tokenizer = None,
+    seed: o.Seed = 0,
+    overwrite: o.Overwrite = False,
+) -> None:
+    """Write a checkpoint whose layers differ in size as a plain, uniform one (--pad).
+
+    Routers with a bias (GPT-OSS, DeepSeek-V3, GLM-4 and their kin) make it exact. Others need --data: dead experts
+    are kept from being picked on that text, and the share of tokens on which it fails is told.
+    """
+    from coterie.errors import UsageError
+
+    if not pad:
+        raise UsageError("say what to export to", "There is --pad: the same number of experts in all layers.")
+    runtime = common.runtime()
+    from coterie import api
+
+    with Bar("export", enabled=not common.json) as bar:
+        result = api.export(
+            model,
+            out,
+            data=data or (),
+            samples=samples,
+            length=length,
+            tokens=tokens,
+            tokenizer=tokenizer,
+            seed=seed,
+            overwrite=overwrite,
+            runtime=runtime,
+            progress=bar,  # type: ignore[arg-type]
+        )
+    if common.json:
+        emit_json(result.describe())
+        return
+    leak = {index: "" if result.exact else f"{share:.2%}" for index, share in result.leaks.items()}
+    rows = [[str(i), str(before), str(after), leak.get(i, "never")] for i, (before, after) in result.layers.items()]
+    table(f"padded: {out}", ["layer", "experts", "with dead ones", "tokens that could pick one"], rows)
+    say(f"{gigabytes(result.bytes_before)} became {gigabytes(result.bytes_after)}; loads with plain transformers")
+    if not result.exact:
+        warn("these routers have no bias: on other text a dead expert can be picked, adds nothing and takes a place")
