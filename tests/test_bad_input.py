@@ -1033,10 +1033,7 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "a list": ("[1, 2]", ["recipe.yaml"]),
     "empty": ("", ["recipe.yaml"]),
     "no steps": ("steps: []", ["recipe.yaml: steps"]),
-    "two steps": (
-        "steps: [{method: reap, budget: {keep: 0.5}}, {method: dern, budget: {keep: 0.5}}]",
-        ["recipe.yaml: steps"],
-    ),
+    "second step": ("steps: [{method: reap, budget: {keep: 0.5}}, {method: darn}]", ["Did you mean 'dern'?"]),
     "entry": ("model: x\nstep: 5\nsteps: [{method: reap}]", ["recipe.yaml: step"]),
     "budget entry": ("steps: [{method: reap, budget: {kep: 0.5}}]", ["recipe.yaml: steps.0.budget.kep"]),
     "budget value": ("steps: [{method: reap, budget: {keep: half}}]", ["recipe.yaml: steps.0.budget.keep"]),

@@ -231,6 +231,47 @@ def test_compress_by_recipe_equals_compress_by_options(model, data, tmp_path):
     assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
 
 
+def test_a_recipe_of_two_steps_is_two_compressions(model, data, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"data: [{data}]\nsamples: 3\nlength: 32\nsteps:\n"
+        "  - {method: frequency, budget: {keep_experts: 6}}\n  - {method: dern, budget: {keep_experts: 4}}\n"
+    )
+    done = works("compress", model, tmp_path / "a", "--recipe", recipe, "--no-report")
+    assert "step 1 of 2" in done.out + done.err
+    assert not list(tmp_path.glob("a.*"))
+    works("compress", model, tmp_path / "b", "--keep-experts", 6, "--method", "frequency", "--data", data, *SMALL)
+    works("compress", tmp_path / "b", tmp_path / "c", "--keep-experts", 4, "--method", "dern", "--data", data, *SMALL)
+    assert same_tensors(tmp_path / "a", tmp_path / "c")
+    record = json.loads((tmp_path / "a" / "coterie.json").read_text())
+    assert [step["recipe"]["method"] for step in [*record["earlier_steps"], record]] == ["frequency", "dern"]
+
+
+def test_a_recipe_killed_between_steps_goes_on(model, data, tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"data: [{data}]\nsamples: 3\nlength: 32\nsteps:\n"
+        "  - {method: frequency, budget: {keep_experts: 6}}\n  - {method: reap, budget: {keep_experts: 4}}\n"
+    )
+    from coterie import api
+    from coterie.errors import OutputError
+
+    original, calls = api.compress, []
+
+    def failing(source, out, **options):
+        calls.append(out)
+        if len(calls) == 2:
+            raise OutputError("the disk is full")
+        return original(source, out, **options)
+
+    monkeypatch.setattr(api, "compress", failing)
+    assert cli("compress", model, tmp_path / "a", "--recipe", recipe, "--no-report").code == 1
+    assert (tmp_path / "a.step1").is_dir()
+    works("compress", model, tmp_path / "a", "--recipe", recipe, "--no-report")
+    assert [Path(out).name for out in calls] == ["a.step1", "a", "a"]
+    assert not (tmp_path / "a.step1").exists()
+
+
 def test_compress_to_a_size(model, data, tmp_path):
     size = works("inspect", model, "--json").json()["bytes"]
     told = works(

@@ -60,6 +60,7 @@ def compress(
     began = time.monotonic()
     runtime = common.runtime()
     from coterie import api
+    from coterie.cli.evaluate import show
     from coterie.compression.forecast import redundancy
     from coterie.streaming.writer import check_place
 
@@ -92,21 +93,46 @@ def compress(
         **budget,
         **text,
     }
+
+    def measured() -> list[Any]:
+        with Bar("evaluate", enabled=not common.json) as bar:
+            return api.evaluate(
+                [model, out],
+                evaluate or (),
+                samples=evaluate_samples,
+                length=length,
+                tokenizer=tokenizer,
+                seed=seed,
+                runtime=runtime,
+                progress=bar,  # type: ignore[arg-type]
+            )
+
+    if not dry_run:
+        check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
+    if evaluate:  # what is wrong with this text should not be found after the compression
+        api.calibration(model, evaluate, samples=1, length=length, tokenizer=tokenizer, seed=seed, runtime=runtime)
     if plan is not None:
         request = {"plan": plan}
     if recipe is not None:
         also = ("tokens", "tokenizer", "batch_size", "pack")  # how the recipe's text is read, not what is done
-        request = api.recipe_request(recipe, {k: request[k] for k in also if _was_given(context, k)})
+        requests = api.recipe_requests(recipe, {k: request[k] for k in also if _was_given(context, k)})
+        if len(requests) > 1:
+            if dry_run:
+                raise UsageError("--dry-run forecasts one step; this recipe has several", "Leave it out.")
+            last = _carry_out(common, runtime, model, out, requests, shard_size, overwrite)
+            quality = measured() if evaluate else []
+            if common.json:
+                emit_json({**last.record, "out": out, "quality": [q.describe() for q in quality]})
+            elif quality:
+                show(quality)
+            return
+        request = requests[0]
 
     def forecast_first_layer(layer: Any, layer_plan: Any) -> None:
         """Printed while the sweep runs: what the first MoE layer says about the budget."""
         if not common.json:
             _show_redundancy(redundancy({layer.index: layer}, {layer.index: layer_plan}), "first MoE layer")
 
-    if not dry_run:
-        check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
-    if evaluate:  # what is wrong with this text should not be found after the compression
-        api.calibration(model, evaluate, samples=1, length=length, tokenizer=tokenizer, seed=seed, runtime=runtime)
     with Bar("compress", enabled=not common.json) as bar:
         prepared = api.prepare(model, runtime=runtime, **request)
         ahead = api.forecast(model, out, progress=bar, measure=dry_run, prepared=prepared)  # type: ignore[arg-type]
@@ -129,19 +155,7 @@ def compress(
     figures = redundancy(result.layers, {layer.index: layer for layer in result.plan.layers})
     if figures["warning"]:
         warn(figures["warning"])
-    quality: list[Any] = []
-    if evaluate:
-        with Bar("evaluate", enabled=not common.json) as bar:
-            quality = api.evaluate(
-                [model, out],
-                evaluate,
-                samples=evaluate_samples,
-                length=length,
-                tokenizer=tokenizer,
-                seed=seed,
-                runtime=runtime,
-                progress=bar,  # type: ignore[arg-type]
-            )
+    quality = measured() if evaluate else []
     if report:
         _write_report(out, quality, result, figures, time.monotonic() - began)
     if common.json:
@@ -149,9 +163,35 @@ def compress(
         return
     _show_result(result, out, time.monotonic() - began, report)
     if quality:
-        from coterie.cli.evaluate import show
-
         show(quality)
+
+
+def _carry_out(
+    common: Common, runtime: Any, model: str, out: str, requests: list[Any], shard_size: str, overwrite: bool
+) -> Any:
+    """Every step of a recipe, told as it is done; returns the last result."""
+    from coterie import api
+
+    began, number_of_steps = time.monotonic(), len(requests)
+
+    def told(number: int, result: Any) -> None:
+        for warning in result.warnings:
+            warn(warning)
+        if not common.json:
+            say(f"step {number} of {number_of_steps}")
+            _show_result(result, out, time.monotonic() - began, report=False)
+
+    with Bar("compress", enabled=not common.json) as bar:
+        return api.carry_out(
+            model,
+            out,
+            requests,
+            shard_size=shard_size,
+            overwrite=overwrite,
+            runtime=runtime,
+            progress=bar,  # type: ignore[arg-type]
+            on_step=told,
+        )
 
 
 # what a finished plan, or a recipe, already says: command line names of parameters

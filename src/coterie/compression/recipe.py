@@ -1,4 +1,4 @@
-"""A recipe: a compression as a short YAML file that people can share.
+"""A recipe: one or more compressions, one after the other, as a short YAML file that people can share.
 
 model: Qwen/Qwen3-30B-A3B
 data: [calibration.jsonl]
@@ -8,6 +8,8 @@ steps:
   - method: dern
     parameters: {selector: reap}
     budget: {keep: 0.5}
+
+Every step works on the checkpoint that the step before it wrote, and is calibrated on that.
 """
 
 from __future__ import annotations
@@ -51,7 +53,6 @@ class Recipe(BaseModel):
     """A chain of steps on one calibration set.
 
     `model` says what it was made for; the command line names the model that is compressed.
-    One step for now; more than one is refused when it is read.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -61,7 +62,7 @@ class Recipe(BaseModel):
     samples: int = Field(128, ge=1)
     length: int = Field(512, ge=2)
     seed: int = 0
-    steps: list[RecipeStep] = Field(min_length=1, max_length=1)
+    steps: list[RecipeStep] = Field(min_length=1)
 
     @classmethod
     def load(cls, file: Path) -> Recipe:
