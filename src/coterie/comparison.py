@@ -25,6 +25,8 @@ from typing import Any
 import torch
 import yaml
 
+from coterie.analysis.frontier import render_comparison
+from coterie.analysis.page import write_page
 from coterie.anatomy import MoELayer, narrowed, slice_names
 from coterie.compression.apply import router_rows
 from coterie.compression.methods import Method, get_method
@@ -345,10 +347,11 @@ def _beats(a: Contender, b: Contender) -> bool:
 
 
 def save(comparison: Comparison, folder: Path, *, overwrite: bool = False) -> None:
-    """Write comparison.json and one plan per contender to `folder`, whole or not at all."""
-    names = ["comparison.json"]
+    """Write comparison.json, comparison.html and one plan per contender to `folder`, whole or not at all."""
+    names = ["comparison.json", "comparison.html"]
     with Workspace(folder, {"comparison": comparison.evaluation["digest"]}, overwrite=overwrite) as work:
         write_json(work.folder / names[0], comparison.describe())
+        write_page(render_comparison(comparison.describe()), work.folder / names[1])
         for contender in comparison.ran:
             assert contender.plan is not None
             name = f"plan-{re.sub(r'[^a-zA-Z0-9.]+', '-', contender.label)}.json"

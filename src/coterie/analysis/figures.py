@@ -181,7 +181,7 @@ def damage(report: "Report") -> go.Figure | None:
     )
     figure.update_yaxes(range=[height - room / 2, -room / 2], showticklabels=False, showgrid=False, fixedrange=True)
     several = len(report.variants) > 1
-    _sized(figure, round(height * row_height) + (110 if several else 66), legend=several)
+    sized(figure, round(height * row_height) + (110 if several else 66), legend=several)
     return figure.update_layout(margin_l=margin)
 
 
@@ -219,7 +219,7 @@ def experts(variant: "Variant", wide: bool) -> go.Figure | None:
     title = "Experts of the layer, most salient first" if ranked else "Expert"
     figure.update_xaxes(title=title, showgrid=False, range=[ranked - 0.5, width + ranked - 0.5])
     figure.update_yaxes(title="Layer", type="category", autorange="reversed", showgrid=False, nticks=24)
-    return _sized(figure, round(height * len(rows)) + 64).update_layout(margin_r=0)
+    return sized(figure, round(height * len(rows)) + 64).update_layout(margin_r=0)
 
 
 def load(report: "Report") -> go.Figure | None:
@@ -265,7 +265,7 @@ def load(report: "Report") -> go.Figure | None:
         zeroline=True,
         fixedrange=True,
     )
-    return _sized(figure.update_layout(hovermode="x"), 320)
+    return sized(figure.update_layout(hovermode="x"), 320)
 
 
 def retained(report: "Report") -> go.Figure | None:
@@ -295,7 +295,7 @@ def retained(report: "Report") -> go.Figure | None:
         fixedrange=True,
     )
     several = len(report.variants) > 1
-    return _sized(figure.update_layout(hovermode="x unified"), 300 if several else 260, legend=several)
+    return sized(figure.update_layout(hovermode="x unified"), 300 if several else 260, legend=several)
 
 
 def _profiled(variant: "Variant") -> list[tuple["LayerRow", list[float]]] | None:
@@ -336,7 +336,7 @@ def _round(value: float) -> float:
     return round(value, 5)
 
 
-def _sized(figure: go.Figure, height: int, legend: bool = False) -> go.Figure:
+def sized(figure: go.Figure, height: int, legend: bool = False) -> go.Figure:
     """Fixed height, free width, no template of plotly's own."""
     return figure.update_layout(
         template=None,

@@ -144,4 +144,4 @@ def show(result: Any, *, domains: bool, out: str | None) -> None:
     for warning in result.warnings:
         warn(warning)
     said = f"{result.sweeps} sweeps, {gigabytes(result.bytes_read)} read for {len(result.ran)} contenders"
-    say(said + (f"; {out}/plan-*.json go to `coterie compress --plan`" if out else ""))
+    say(said + (f"; see {out}/comparison.html; {out}/plan-*.json go to `coterie compress --plan`" if out else ""))
