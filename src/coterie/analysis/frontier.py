@@ -22,8 +22,9 @@ def render_comparison(comparison: Mapping[str, Any]) -> str:
         "bytes": frontier(comparison, ran, "bytes", "Bytes of all weights"),
         "active": frontier(comparison, ran, "active_parameters", "Parameters a token passes through"),
     }
-    if len({c["size"]["active_parameters"] for c in ran} | {comparison["original"]["size"]["active_parameters"]}) < 3:
-        del drawn["active"]  # removing experts changes it by router rows at most: there is nothing to see
+    active = [c["size"]["active_parameters"] for c in (*ran, comparison["original"])]
+    if min(active) > 0.99 * max(active):
+        del drawn["active"]  # removing experts takes some router rows at most: there is nothing to see
     budgets = list(dict.fromkeys(c["budget"] for c in ran))
     return render_page(
         "comparison.html.j2",
@@ -50,11 +51,12 @@ def frontier(comparison: Mapping[str, Any], ran: Sequence[Mapping[str, Any]], fi
         opacity=0.6,
     )
     names = list(dict.fromkeys(_method(c) for c in ran))
+    step = 0.006 * (original - min(c["size"][field] for c in ran))  # side by side where sizes are the same
     for number, name in enumerate(names):
         mine = [c for c in ran if _method(c) == name]
         figure.add_scatter(
             name=label(name),
-            x=[c["size"][field] for c in mine],
+            x=[c["size"][field] + round((number - (len(names) - 1) / 2) * step) for c in mine],
             y=[c["delta"]["mean"] for c in mine],
             error_y={
                 "type": "data",
