@@ -1,7 +1,7 @@
 """Text to batches of token ids, by domain: files, folders, datasets; packed windows or padded documents.
 
 A domain is what a `domain` field says, or the name of the file. Every domain gives the same number of samples, chosen
-with a seed. This file knows tokenizers and files, not models.
+with a seed. A record is text or a dialogue (demonstrations). This file knows tokenizers and files, not models.
 """
 
 # B batch, L sequence
@@ -26,6 +26,9 @@ from coterie.streaming.lockstep import Batch
 
 BATCH_TOKENS = 8192  # large enough that widening an expert costs little beside its matrix products
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
+
+Dialogue = list[dict[str, str]]  # turns with `role` and `content`
+Document = str | Dialogue
 
 
 @dataclass
@@ -60,9 +63,13 @@ def load_data(
     length: int,
     batch_size: int | None = None,
     pack: bool = True,
+    longest: bool = False,
     seed: int = 0,
 ) -> TokenData:
     """Tokenize text from files, folders or datasets.
+
+    A record is a `text`, or a demonstration: `messages` with `role` and `content`, or `prompt` and `answer`. Those are
+    put into the tokenizer's chat template; without one their turns are joined by empty lines, with a warning.
 
     Parameters
     ----------
@@ -78,23 +85,29 @@ def load_data(
     pack : bool
         True: documents are joined by the tokenizer's own start or end token and cut into full windows.
         False: one document per sequence, cut at `length`, padded on the right.
+    longest : bool
+        Take a domain's longest documents instead of any (EASY-EP's choice of demonstrations, with `pack=False`).
     seed : int
         Order of documents.
 
     Raises DataError if a source is missing, unreadable, empty or gives a domain less than one sample.
     """
-    documents: dict[str, list[str]] = {}
+    documents: dict[str, list[Document]] = {}
     for source in sources:
         for domain, text in read_documents(source, enough=20 * samples * length):  # about five times what is needed
-            if text.strip():
+            if _characters(text):
                 documents.setdefault(domain, []).append(text)
     if not documents:
         raise DataError(f"no text in {', '.join(sources)}", "A jsonl line needs a `text` field.")
     rows: list[tuple[Tensor, int]] = []
     warnings, domains, tokens = [], sorted(documents), {}
+    if not _chats(tokenizer) and any(not isinstance(text, str) for texts in documents.values() for text in texts):
+        warnings.append("this tokenizer has no chat template: the turns of demonstrations are joined by empty lines")
     for number, domain in enumerate(domains):
         texts = documents[domain]
         random.Random(f"{seed}-{domain}").shuffle(texts)
+        if longest:
+            texts.sort(key=_characters, reverse=True)
         cut = _windows if pack else _single
         found = list(cut(texts, tokenizer, length, samples))
         if not found:
@@ -108,6 +121,66 @@ def load_data(
         rows += [(ids, number) for ids in found]
     batches = list(_batches(rows, batch_size or max(1, BATCH_TOKENS // length), _pad_id(tokenizer)))
     return TokenData(batches, domains, _digest(batches, domains), tokens, warnings, list(sources))
+
+
+def from_text(document: Document, tokenizer: Any, *, name: str = "text") -> TokenData:
+    """One text or dialogue as one sequence, whole. Raises DataError if it is empty."""
+    ids = _document_ids(document, tokenizer) if _characters(document) else []
+    if not ids:
+        raise DataError(f"the {name} is empty")
+    batches = [Batch(torch.tensor([ids]), None, torch.zeros(1, dtype=torch.int64))]
+    return TokenData(batches, [name], _digest(batches, [name]), {name: len(ids)}, sources=[name])
+
+
+def by_task(found: dict[str, TokenData]) -> TokenData:
+    """Samples of several tasks as one, each task a domain whatever domains its files had."""
+    batches, tokens, names = [], {}, list(found)
+    for number, (task, data) in enumerate(found.items()):
+        batches += [Batch(b.ids_BL, b.mask_BL, torch.full((len(b.ids_BL),), number)) for b in data.batches]
+        tokens[task] = sum(data.tokens.values())
+    warnings = list(dict.fromkeys(w for data in found.values() for w in data.warnings))
+    sources = list(dict.fromkeys(s for data in found.values() for s in data.sources))
+    return TokenData(batches, names, _digest(batches, names), tokens, warnings, sources)
+
+
+def held_out(data: TokenData, samples: int) -> tuple[TokenData, TokenData]:
+    """The first `samples` sequences of every domain, and the others: no sequence is in both.
+
+    Raises DataError if a domain has no more than `samples`.
+    """
+    taken = [0] * len(data.domains)
+    sides: tuple[list[Batch], list[Batch]] = ([], [])
+    for batch in data.batches:
+        domain_B = batch.domain_B if batch.domain_B is not None else torch.zeros(len(batch.ids_BL), dtype=torch.int64)
+        first = []
+        for domain in domain_B.tolist():
+            first.append(taken[domain] < samples)
+            taken[domain] += 1
+        first_B = torch.tensor(first)
+        for side, keep_B in zip(sides, (first_B, ~first_B), strict=True):
+            if keep_B.any():
+                mask_BL = None if batch.mask_BL is None else batch.mask_BL[keep_B]
+                side.append(Batch(batch.ids_BL[keep_B], mask_BL, domain_B[keep_B]))
+    for domain, count in zip(data.domains, taken, strict=True):
+        if count <= samples:
+            raise DataError(
+                f"domain {domain!r} gives {count} samples: {samples} to calibrate leave none to evaluate on",
+                "Give more text, fewer --samples, a smaller --length, or other text to evaluate on.",
+            )
+    halves = []
+    for side in sides:
+        counts = dict.fromkeys(data.domains, 0)
+        for batch in side:
+            assert batch.domain_B is not None
+            real_B = (
+                batch.mask_BL.sum(1)
+                if batch.mask_BL is not None
+                else torch.full((len(batch.ids_BL),), batch.ids_BL.shape[1])
+            )
+            for domain, real in zip(batch.domain_B.tolist(), real_B.tolist(), strict=True):
+                counts[data.domains[domain]] += real
+        halves.append(TokenData(side, data.domains, _digest(side, data.domains), counts, data.warnings, data.sources))
+    return halves[0], halves[1]
 
 
 def load_tokens(file: Path, batch_size: int | None = None) -> TokenData:
@@ -161,8 +234,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(f"the tokenizer of {folder} cannot be loaded: {error}", hint) from error
 
 
-def read_documents(source: str, enough: int = 10**9) -> Iterator[tuple[str, str]]:
-    """(domain, text) of every document of a file or a folder; of a dataset, until `enough` characters were read."""
+def read_documents(source: str, enough: int = 10**9) -> Iterator[tuple[str, Document]]:
+    """(domain, document) of every document of a file or a folder; of a dataset, until `enough` characters were read."""
     path = Path(source).expanduser()
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES))
@@ -178,7 +251,7 @@ def read_documents(source: str, enough: int = 10**9) -> Iterator[tuple[str, str]
         yield from _read_dataset(source, enough)
 
 
-def _read_file(file: Path) -> Iterator[tuple[str, str]]:
+def _read_file(file: Path) -> Iterator[tuple[str, Document]]:
     stem = file.name.split(".")[0]
     try:
         if file.name.endswith(".parquet"):
@@ -217,14 +290,35 @@ def _parse(line: bytes, file: Path, number: int) -> Any:
         raise DataError(f"{file}, line {number} is not JSON: {error}") from error
 
 
-def _record(row: Any, where: str, stem: str) -> tuple[str, str]:
-    text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str):
+def _record(row: Any, where: str, stem: str) -> tuple[str, Document]:
+    row = row if isinstance(row, dict) else {}
+    document: Any = row.get("text")
+    if not isinstance(document, str) and "messages" in row:
+        document = row["messages"]
+        turns = document if isinstance(document, list) else []
+        if not turns or not all(isinstance(t, dict) and _turn(t) for t in turns):
+            raise DataError(f"{where}: `messages` must be a list of turns, each with `role` and `content` as text")
+    elif not isinstance(document, str) and "prompt" in row:
+        document = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row.get("answer")}]
+        if not all(_turn(t) for t in document):
+            raise DataError(f"{where}: `prompt` needs an `answer` beside it, both text")
+    elif not isinstance(document, str):
         raise DataError(f"{where} has no `text` field")
-    return str(row.get("domain") or stem), text
+    return str(row.get("domain") or stem), document
 
 
-def _read_dataset(name: str, enough: int) -> Iterator[tuple[str, str]]:
+def _turn(turn: dict[str, Any]) -> bool:
+    return isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+
+
+def _characters(document: Document) -> int:
+    """Length of a text or of all turns of a dialogue; 0 where there is only white space."""
+    if isinstance(document, str):
+        return len(document) if document.strip() else 0
+    return sum(len(turn["content"]) for turn in document if turn["content"].strip())
+
+
+def _read_dataset(name: str, enough: int) -> Iterator[tuple[str, Document]]:
     """Rows of a dataset in its own order, until they hold `enough` characters: some datasets never end."""
     import datasets
 
@@ -235,7 +329,7 @@ def _read_dataset(name: str, enough: int) -> Iterator[tuple[str, str]]:
         for number, row in enumerate(rows):
             domain, text = _record(row, f"{name}, row {number}", parts[0].rsplit("/", 1)[-1])
             yield domain, text
-            enough -= len(text)
+            enough -= _characters(text)
             if enough <= 0:
                 return
     except DataError:
@@ -247,14 +341,31 @@ def _read_dataset(name: str, enough: int) -> Iterator[tuple[str, str]]:
         ) from error
 
 
-def _document_ids(text: str, tokenizer: Any) -> list[int]:
+def _chats(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def _document_ids(text: Document, tokenizer: Any) -> list[int]:
+    if not isinstance(text, str):
+        if _chats(tokenizer):
+            return _chat_ids(text, tokenizer)
+        text = "\n\n".join(turn["content"] for turn in text)
     ids: list[int] = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     special = {tokenizer.bos_token_id, tokenizer.cls_token_id}
     return ids if start is None or (ids and ids[0] in special) else [start, *ids]
 
 
-def _windows(texts: Iterable[str], tokenizer: Any, length: int, samples: int) -> Iterator[Tensor]:
+def _chat_ids(dialogue: Dialogue, tokenizer: Any) -> list[int]:
+    try:
+        text = tokenizer.apply_chat_template(dialogue, tokenize=False)
+    except Exception as error:  # templates are programs: roles in an order they refuse, unknown roles, ...
+        raise DataError(f"the tokenizer's chat template does not take a demonstration: {error}") from error
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _windows(texts: Iterable[Document], tokenizer: Any, length: int, samples: int) -> Iterator[Tensor]:
     """Full windows of the joined documents; every document begins with the tokenizer's start token."""
     pending: list[int] = []
     given = 0
@@ -267,7 +378,7 @@ def _windows(texts: Iterable[str], tokenizer: Any, length: int, samples: int) ->
                 return
 
 
-def _single(texts: Iterable[str], tokenizer: Any, length: int, samples: int) -> Iterator[Tensor]:
+def _single(texts: Iterable[Document], tokenizer: Any, length: int, samples: int) -> Iterator[Tensor]:
     for number, text in enumerate(texts):
         if number == samples:
             return

@@ -239,7 +239,7 @@ class _Run:
             record,
             self.figures,
             self.layers,
-            list(self.output.notes),
+            [*self.output.notes, *self.method.notes()],
         )
 
     # -- the three ways -------------------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ class _Run:
         assert self.counts is not None
         moe = self.streamed.moe[layer.index]
         picked = self.method.pick(layer, moe, self.counts[layer.index], self.budget)
-        plan = layer_plan_of(self.method, layer, *picked)
+        plan = layer_plan_of(self.method, layer, picked)
         if reason := self.method.plain_checkpoint(plan):
             raise UsageError(f"{self.name}: {reason}")
         return plan
@@ -406,7 +406,7 @@ class _Run:
             "before": self.before.describe(),
             "after": after.describe(),
             "figures": {str(index): values for index, values in sorted(self.figures.items()) if values},
-            "notes": self.output.notes,
+            "notes": [*self.output.notes, *self.method.notes()],
             "versions": versions(),
         }
 

@@ -16,7 +16,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
@@ -27,6 +27,18 @@ from coterie.compression.selector import Budget, select_global, select_layer
 from coterie.errors import UsageError
 from coterie.profiling.observers import Observer
 from coterie.profiling.profile import LayerProfile
+
+
+class Pick(NamedTuple):
+    """What a method decided for one layer.
+
+    keep : experts that stay, ascending. scores_E : what says why (or [0] where nothing does).
+    extra : what `rebuild` and `router_rows` need (JSON), put into the plan.
+    """
+
+    keep: list[int]
+    scores_E: Tensor
+    extra: dict[str, Any] = {}
 
 
 class Method(BaseModel):
@@ -46,21 +58,18 @@ class Method(BaseModel):
         """Saliency of each routed expert. Shape [E]; larger is more worth keeping."""
         raise TypeError(f"{type(self).__name__} gives no score")
 
-    def pick(self, layer: LayerProfile, moe: MoELayer, count: int, budget: Budget) -> tuple[list[int], Tensor]:
-        """The `count` experts of one layer that stay, ascending, and the scores [E] that say why (or none, [0]).
-
-        For methods whose choice is more than a ranking; the selector's by default.
-        """
+    def pick(self, layer: LayerProfile, moe: MoELayer, count: int, budget: Budget) -> Pick:
+        """The `count` experts of one layer that stay; for methods whose choice is more than a ranking."""
         scores_E = self.score(layer)
-        return select_layer(scores_E, count, moe, budget), scores_E
+        return Pick(select_layer(scores_E, count, moe, budget), scores_E)
 
     def pick_all(
         self, layers: Mapping[int, LayerProfile], moe: Mapping[int, MoELayer], budget: Budget
-    ) -> dict[int, tuple[list[int], Tensor]]:
-        """The experts that stay under a budget over all layers: {layer: (ascending, scores [E] or [0])}."""
+    ) -> dict[int, Pick]:
+        """The experts of all layers that stay under a budget over all layers."""
         scores = {index: self.score(layers[index]) for index in moe}
         keeps = select_global(scores, moe, budget)
-        return {index: (keeps[index], scores[index]) for index in moe}
+        return {index: Pick(keeps[index], scores[index]) for index in moe}
 
     def prepare(self, layer: LayerProfile, plan: LayerPlan) -> None:
         """Put into `plan.extra` what `rebuild` needs beyond the kept experts."""
@@ -77,6 +86,10 @@ class Method(BaseModel):
             dtype with one entry for each kept expert, in the order of `plan.keep`.
         """
         return {}
+
+    def notes(self) -> list[str]:
+        """What a user of the result has to know; goes into the record and is said at the end."""
+        return []
 
     @property
     def rebuilds(self) -> bool:

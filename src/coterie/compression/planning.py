@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from coterie.anatomy import check_keep
-from coterie.compression.methods import Method, get_method
+from coterie.compression.methods import Method, Pick, get_method
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.selector import Budget, check_protect, counts_for
 from coterie.compression.sizes import measure
@@ -38,7 +36,7 @@ def plan_layers(
     else:
         assert counts is not None
         picked = {i: method.pick(profiles[i], moe, counts[i], budget) for i, moe in streamed.moe.items()}
-    return {i: layer_plan_of(method, profiles[i], *picked[i]) for i in streamed.moe}
+    return {i: layer_plan_of(method, profiles[i], picked[i]) for i in streamed.moe}
 
 
 def make_plan(streamed: StreamedModel, model: str, name: str, method: Method, budget: Budget, profile: Profile) -> Plan:
@@ -92,8 +90,14 @@ def check_plan(plan: Plan, streamed: StreamedModel, digest: str) -> None:
         check_keep(streamed.moe[layer.index], layer.keep)
 
 
-def layer_plan_of(method: Method, layer: LayerProfile, keep: list[int], scores_E: torch.Tensor) -> LayerPlan:
-    scores = [round(float(s), 9) for s in scores_E]
-    plan = LayerPlan(index=layer.index, name=layer.name, experts=layer.experts, keep=keep, scores=scores)
+def layer_plan_of(method: Method, layer: LayerProfile, picked: Pick) -> LayerPlan:
+    plan = LayerPlan(
+        index=layer.index,
+        name=layer.name,
+        experts=layer.experts,
+        keep=picked.keep,
+        scores=[round(float(s), 9) for s in picked.scores_E],
+        extra=dict(picked.extra),
+    )
     method.prepare(layer, plan)
     return plan

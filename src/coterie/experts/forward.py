@@ -81,6 +81,13 @@ def _project(module: nn.Module, name: str, expert: int, x_RH: Tensor) -> Tensor:
     return y if bias is None else y + bias
 
 
+def inner_activation(module: nn.Module, expert: int, x_RH: Tensor) -> Tensor:
+    """What one expert's down projection receives for these inputs: [R, H] -> [R, I]."""
+    up_RP = _project(module, "gate_up_proj" if module.has_gate else "up_proj", expert, x_RH)
+    inner_RI: Tensor = module._apply_gate(up_RP) if module.has_gate else module.act_fn(up_RP)  # type: ignore[operator]
+    return inner_RI
+
+
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Sum of the selected experts' outputs, weighted. Shapes: [T, H], [T, K], [T, K] -> [T, H].
 
@@ -98,7 +105,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     counts = torch.bincount(slot_expert, minlength=E + 1)[:E].tolist()
     slot_weight = top_k_weights.reshape(-1, 1)
     sum_TH = torch.zeros(x_TH.shape, dtype=torch.promote_types(x_TH.dtype, torch.float32), device=x_TH.device)
-    first, start = ("gate_up_proj" if self.has_gate else "up_proj"), 0
+    start = 0
     for expert, count in enumerate(counts):
         if not count:
             continue
@@ -106,9 +113,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         start += count
         token_R = row_R if K == 1 else row_R // K
         x_RH = x_TH[token_R]
-        up_RP = _project(self, first, expert, x_RH)
-        inner_RI = self._apply_gate(up_RP) if self.has_gate else self.act_fn(up_RP)  # type: ignore[operator]
-        y_RH = _project(self, "down_proj", expert, inner_RI)
+        y_RH = _project(self, "down_proj", expert, inner_activation(self, expert, x_RH))
         if getattr(self, "has_post_expert_norm", False):
             y_RH = self.post_expert_norm(y_RH)  # type: ignore[operator]
         if watched:
