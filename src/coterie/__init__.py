@@ -13,7 +13,21 @@ from typing import Any
 from coterie import plugin
 
 __version__ = "0.1.0"
-__all__ = ["compress", "evaluate", "load", "plan", "profile", "score_tasks", "skipping"]
+__all__ = [
+    "build_patterns",
+    "compare",
+    "compress",
+    "evaluate",
+    "export",
+    "finetune",
+    "load",
+    "match_pattern",
+    "plan",
+    "profile",
+    "score_tasks",
+    "skipping",
+    "super_experts",
+]
 
 
 plugin.install()

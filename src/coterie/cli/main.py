@@ -5,12 +5,17 @@ from typing import Annotated
 
 import typer
 
+from coterie.cli.analyze import analyze
 from coterie.cli.common import notes, verb_first
+from coterie.cli.compare import compare
 from coterie.cli.compress import compress
 from coterie.cli.demo import demo
 from coterie.cli.evaluate import evaluate
+from coterie.cli.export import export
+from coterie.cli.finetune import finetune
 from coterie.cli.inspect import inspect
 from coterie.cli.methods import methods
+from coterie.cli.patterns import patterns
 from coterie.cli.plan import plan
 from coterie.cli.profile import profile
 from coterie.errors import CoterieError
@@ -51,8 +56,11 @@ def root(
     """
 
 
-for _verb in (inspect, profile, plan, compress, evaluate, methods, demo):
+for _verb in (inspect, profile, plan, compress, compare, evaluate, export, finetune, methods, demo):
     app.command(no_args_is_help=_verb not in (methods, demo))(_verb)
+
+app.add_typer(analyze, name="analyze")
+app.add_typer(patterns, name="patterns")
 
 
 def main() -> None:

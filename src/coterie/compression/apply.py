@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,7 @@ from coterie.compression.methods import Method
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.sizes import spoken_experts
 from coterie.streaming.model import StreamedModel
-from coterie.streaming.writer import ShardWriter, Spec, disk_error, write_json
-
-_SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-_NOT_COPIED = ("config.json", "coterie.json", "plan.json", "model.safetensors.index.json", "README.md")
-_LARGEST_COPY = 256 * 2**20
+from coterie.streaming.writer import ShardWriter, Spec, copy_small_files, disk_error, write_json
 
 
 class Output:
@@ -59,10 +54,7 @@ class Output:
         if self.removed:
             refuse_unsliceable(streamed.model)
         self.sliced = {index: slice_names(layer) for index, layer in streamed.moe.items()}
-        self.touched = {
-            index: names if counts[index] < streamed.moe[index].num_experts else self._rebuilt(index)
-            for index, names in self.sliced.items()
-        }
+        self.touched = self._touched()
         self.notes: list[str] = []
         self._replaced = {index: set(streamed.keys_of(names)) for index, names in self.touched.items()}
         gone = set().union(*self._replaced.values())
@@ -71,6 +63,13 @@ class Output:
         streamed.on_read = self._pass
         streamed.retain = {name for names in self.touched.values() for name in names}
         self.writer = ShardWriter(folder, self._specs(counts), shard_bytes)
+
+    def _touched(self) -> dict[int, dict[str, int | None]]:
+        """{layer: {tensor: dimension with one entry per expert, None where it keeps its shape}} of what changes."""
+        return {
+            index: dict(names) if self.counts[index] < self.before[index] else dict(self._rebuilt(index))
+            for index, names in self.sliced.items()
+        }
 
     def _rebuilt(self, index: int) -> dict[str, int]:
         """What a method that removes no expert touches: the experts, the router's rows, or neither."""
@@ -105,7 +104,8 @@ class Output:
                     continue
                 meta = streamed.model.get_parameter_or_buffer(name).detach()
                 shape = list(meta.shape)
-                shape[dim] = counts[index]
+                if dim is not None:
+                    shape[dim] = counts[index]
                 state[name] = torch.empty(shape, dtype=meta.dtype, device="meta")
             fresh[index] = streamed.checkpoint_tensors(state) if state else {}
             for name in names:
@@ -148,7 +148,7 @@ class Output:
                     self.writer.write(key, view)
             elif name in rows:
                 state[name] = rows[name]
-            else:
+            elif dim is not None:
                 state[name] = stored[name].index_select(dim, torch.tensor(plan.keep, device=stored[name].device))
         if state:
             for key, tensor in self.streamed.checkpoint_tensors(state).items():
@@ -188,28 +188,13 @@ class Output:
         before = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
         self._write_text("README.md", before + model_card(record))
         names += ["config.json", "coterie.json", "plan.json", "README.md"]
-        return names + copy_small_files(self.streamed, self.folder)
+        return names + copy_small_files(source, self.folder)
 
     def _write_text(self, name: str, text: str) -> None:
         try:
             (self.folder / name).write_text(text, encoding="utf-8")
         except OSError as error:
             raise disk_error(error, self.folder) from error
-
-
-def copy_small_files(streamed: StreamedModel, folder: Path) -> list[str]:
-    """Copy the tokenizer and what else is beside the weights; returns the names."""
-    names = []
-    for file in sorted(streamed.checkpoint.folder.iterdir()):
-        wanted = file.suffix in _SMALL_FILES or file.name.startswith("LICENSE")
-        refused = file.name in _NOT_COPIED or file.name.startswith(".")
-        if wanted and not refused and file.is_file() and file.stat().st_size <= _LARGEST_COPY:
-            try:
-                shutil.copyfile(file, folder / file.name)
-            except OSError as error:
-                raise disk_error(error, folder) from error
-            names.append(file.name)
-    return names
 
 
 def router_rows(method: Method, layer: MoELayer, stored: Mapping[str, Tensor], plan: LayerPlan) -> dict[str, Tensor]:

@@ -26,14 +26,13 @@ from torch import Tensor
 
 from coterie.anatomy import MoELayer, narrowed, slice_names
 from coterie.anatomy.counts import with_expert_counts
-from coterie.compression.apply import copy_small_files
 from coterie.errors import ModelError, UsageError
 from coterie.experts.forward import rerouted
 from coterie.profiling.observe import LayerObservation
 from coterie.profiling.observers import LayerShape, Observer, Routing
 from coterie.streaming.lockstep import Progress, States, sweep
 from coterie.streaming.model import StreamedModel
-from coterie.streaming.writer import DEFAULT_SHARD_BYTES, ShardWriter, Spec, Workspace, write_json
+from coterie.streaming.writer import DEFAULT_SHARD_BYTES, ShardWriter, Spec, Workspace, copy_small_files, write_json
 from coterie.text import TokenData
 
 NEVER = -1e30  # a bias no score reaches; finite in bfloat16 and float32, where -inf would make NaN of 0 * inf
@@ -169,7 +168,12 @@ def pad(
             record = {"padded": {**result.describe(), "model": model, "out": out.name}}
             write_json(work.folder / "config.json", config)
             write_json(work.folder / "coterie.json", record)
-            names = [*writer.files, "config.json", "coterie.json", *copy_small_files(streamed, work.folder)]
+            names = [
+                *writer.files,
+                "config.json",
+                "coterie.json",
+                *copy_small_files(streamed.checkpoint.folder, work.folder),
+            ]
         finally:
             writer.close()
             bar.done()

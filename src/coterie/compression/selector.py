@@ -7,9 +7,11 @@ Used by every method that removes experts. It does not know where scores come fr
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -285,14 +287,43 @@ def _span(layers: list[int]) -> str:
     return f"{layers[0]}-{layers[-1]}" if layers == list(range(layers[0], layers[-1] + 1)) else str(layers)
 
 
-def parse_protect(items: list[str]) -> frozenset[tuple[int, int]]:
-    """`layer:expert,...` to pairs."""
-    pairs = set()
-    for item in ",".join(items).split(","):
-        if item.strip():
-            layer, _, expert = item.partition(":")
+def parse_protect(items: list[str], digest: Callable[[], str] | None = None) -> frozenset[tuple[int, int]]:
+    """`layer:expert,...` to pairs; `@FILE` or the path of a JSON file stands for the pairs it lists.
+
+    digest : gives the digest of the model that is compressed; a file made for another one is refused.
+    """
+    pairs: set[tuple[int, int]] = set()
+    for item in (part for text in items for part in ([text] if Path(text).is_file() else text.split(","))):
+        text = item.strip()
+        if text.startswith("@") or text.endswith(".json") or Path(text).is_file():
+            pairs |= _listed_pairs(Path(text.removeprefix("@")).expanduser(), digest)
+        elif text:
+            layer, _, expert = text.partition(":")
             try:
                 pairs.add((int(layer), int(expert)))
             except ValueError:
-                raise UsageError(f"cannot read --protect {item!r}", "Write layer:expert, e.g. 1:68,2:92.") from None
+                raise UsageError(
+                    f"cannot read --protect {text!r}", "Write layer:expert, e.g. 1:68,2:92, or @FILE."
+                ) from None
     return frozenset(pairs)
+
+
+def _listed_pairs(file: Path, digest: Callable[[], str] | None) -> set[tuple[int, int]]:
+    """The experts that `coterie analyze` found worth protecting."""
+    hint = "It is written by `coterie analyze super-experts MODEL --data TEXT --out FILE`."
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        pairs = {(layer, expert) for layer, expert in found["protect"]}
+        model, made_for = str(found["model"]), str(found["model_digest"])
+    except OSError as error:
+        raise UsageError(f"cannot read the list to protect, {file}: {error.strerror}", hint) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"{file} is no list of experts to protect: {type(error).__name__}: {error}", hint) from error
+    if not all(type(number) is int for pair in pairs for number in pair):
+        raise UsageError(f"{file} is no list of experts to protect: a pair in it is not two whole numbers", hint)
+    if digest is not None and made_for != digest():
+        raise UsageError(
+            f"the list to protect, {file}, was made for another model ({model})",
+            "Make one for this model: `coterie analyze super-experts`.",
+        )
+    return pairs

@@ -328,6 +328,26 @@ def disk_error(error: OSError, folder: Path) -> OutputError:
     return OutputError(f"cannot write to {folder}: {error.strerror}")
 
 
+_SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_NOT_COPIED = ("config.json", "coterie.json", "plan.json", "model.safetensors.index.json", "README.md")
+_LARGEST_COPY = 256 * 2**20
+
+
+def copy_small_files(source: Path, folder: Path, but: Sequence[str] = ()) -> list[str]:
+    """Copy the tokenizer and what else lies beside the weights, except files called as in `but`; returns the names."""
+    names = []
+    for file in sorted(source.iterdir()):
+        wanted = file.suffix in _SMALL_FILES or file.name.startswith("LICENSE")
+        refused = file.name in (*_NOT_COPIED, *but) or file.name.startswith(".")
+        if wanted and not refused and file.is_file() and file.stat().st_size <= _LARGEST_COPY:
+            try:
+                shutil.copyfile(file, folder / file.name)
+            except OSError as error:
+                raise disk_error(error, folder) from error
+            names.append(file.name)
+    return names
+
+
 def write_json(file: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
     building = file.with_name(file.name + ".tmp")

@@ -1,0 +1,1 @@
+"""Train sparse models with the Hugging Face Trainer."""
