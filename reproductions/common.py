@@ -12,8 +12,8 @@ import importlib.metadata
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,3 +89,43 @@ def workplace(given: argparse.Namespace) -> Iterator[tuple[str, list[str], list[
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
     """Mean and standard deviation over seeds."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def resident(model: str) -> Any:
+    """A checkpoint whole in memory in float32, with experts that masks can be tried on (`narrowed_losses`)."""
+    from coterie import api
+    from coterie.experts.forward import NAME
+
+    loaded, _ = api.load(model, dtype="float32")
+    loaded.set_experts_implementation(NAME)
+    return loaded
+
+
+def narrowed_losses(model: Any, data: Any, keeps: Mapping[int, Sequence[int]] | None = None) -> list[float]:
+    """Loss of each domain of `data` when only the experts {layer: ids} may be used; nothing is copied or written."""
+    import torch
+
+    from coterie.anatomy import moe_layers, narrowed
+
+    sums, counts = [0.0] * len(data.domains), [0] * len(data.domains)
+    with ExitStack() as stack, torch.no_grad():
+        for layer in moe_layers(model):
+            if keeps is not None:
+                stack.enter_context(narrowed(layer, list(keeps[layer.index])))
+        for batch in data.batches:
+            mask_BL = batch.mask_BL if batch.mask_BL is not None else torch.ones_like(batch.ids_BL, dtype=torch.bool)
+            logits = model(input_ids=batch.ids_BL, attention_mask=mask_BL.long(), use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), batch.ids_BL[:, 1:].flatten(), reduction="none"
+            ).view(len(batch.ids_BL), -1)
+            for row, domain in enumerate(batch.domain_B.tolist()):
+                real = mask_BL[row, 1:]
+                sums[domain] += float(loss[row][real].sum())
+                counts[domain] += int(real.sum())
+    return [total / count for total, count in zip(sums, counts, strict=True)]
+
+
+def files_by_domain(sources: Sequence[str]) -> dict[str, str]:
+    """{name before the first point: file} of the files and of the files in the folders given."""
+    files = [f for s in map(Path, sources) for f in (sorted(s.iterdir()) if s.is_dir() else [s])]
+    return {file.name.split(".")[0]: str(file) for file in files}

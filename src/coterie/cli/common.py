@@ -106,7 +106,8 @@ def verb_first(arguments: list[str]) -> list[str]:
         moved.append(option)
         if option in _TAKES_VALUE and rest:
             moved.append(rest.pop(0))
-    return [*rest[:1], *moved, *rest[1:]] if rest else moved
+    at = 2 if rest[:1] in (["analyze"], ["patterns"]) else 1  # a verb that has verbs of its own
+    return [*rest[:at], *moved, *rest[at:]] if rest else moved
 
 
 def quiet(verbose: bool) -> None:

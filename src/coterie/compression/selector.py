@@ -196,7 +196,7 @@ def select_global(scores: Mapping[int, Tensor], moe: Mapping[int, MoELayer], bud
     Routing groups stay equal: in a grouped layer whole ranks (one expert from each group) compete with their mean.
     """
     total = sum(layer.num_experts for layer in moe.values())
-    wanted = _global_count(budget, moe, total)
+    wanted = global_count(budget, moe, total)
     keep: dict[int, list[int]] = {}
     offers: list[tuple[float, int, tuple[int, ...]]] = []
     for index, layer in moe.items():
@@ -240,7 +240,7 @@ def select_global(scores: Mapping[int, Tensor], moe: Mapping[int, MoELayer], bud
     return {index: sorted(experts) for index, experts in keep.items()}
 
 
-def _global_count(budget: Budget, moe: Mapping[int, MoELayer], total: int) -> int:
+def global_count(budget: Budget, moe: Mapping[int, MoELayer], total: int) -> int:
     if budget.keep is not None:
         return int(total * budget.keep + 0.5)
     if budget.keep_experts is not None:

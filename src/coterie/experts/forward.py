@@ -40,6 +40,9 @@ class Tap(Protocol):
     def combined(self, sum_TH: Tensor) -> None:
         """Called once per watched forward with the weighted sum of all experts, in at least float32."""
 
+    # A tap that also has `inner(expert, row_R, inner_RI)` is shown what each expert's down projection receives, just
+    # before `expert` is called.
+
 
 Slot = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (index_TK, weight_TK) -> what the experts shall run
 
@@ -99,6 +102,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         top_k_index, top_k_weights = slot(top_k_index, top_k_weights)
     tap: Tap | None = getattr(self, "_coterie_tap", None)
     watched = tap is not None and tap.routed(x_TH, top_k_index, top_k_weights)
+    inner = getattr(tap, "inner", None) if watched else None
     K = top_k_index.shape[-1]
     slot_expert = top_k_index.reshape(-1).clamp(max=E)  # the sentinel, and anything above it, is "no expert"
     order = torch.argsort(slot_expert, stable=True)
@@ -113,7 +117,10 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         start += count
         token_R = row_R if K == 1 else row_R // K
         x_RH = x_TH[token_R]
-        y_RH = _project(self, "down_proj", expert, inner_activation(self, expert, x_RH))
+        inner_RI = inner_activation(self, expert, x_RH)
+        if inner is not None:
+            inner(expert, row_R, inner_RI)
+        y_RH = _project(self, "down_proj", expert, inner_RI)
         if getattr(self, "has_post_expert_norm", False):
             y_RH = self.post_expert_norm(y_RH)  # type: ignore[operator]
         if watched:

@@ -32,7 +32,8 @@ class LayerObservation:
 
     def __init__(self, layer: MoELayer, observers: Iterable[type[Observer]], domains: int) -> None:
         self.layer = layer
-        shape = LayerShape(layer.num_experts, layer.top_k, layer.bank.hidden_size, domains)
+        multiplier = float(getattr(layer.decoder, "residual_multiplier", 1.0))
+        shape = LayerShape(layer.num_experts, layer.top_k, layer.bank.hidden_size, domains, multiplier)
         self.observers = [cls(shape) for cls in observers]
         self._with_outputs = [o for o in self.observers if o.watches_outputs]
         self._with_sum = [o for o in self.observers if o.watches_sum]

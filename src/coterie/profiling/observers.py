@@ -24,12 +24,16 @@ from coterie.anatomy import MoELayer
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes an observer needs: E experts, K per token, H hidden, D domains."""
+    """Sizes an observer needs: E experts, K per token, H hidden, D domains.
+
+    residual_multiplier : what the decoder layer multiplies the block's output with before adding it (Granite), else 1.
+    """
 
     experts: int
     top_k: int
     hidden: int
     domains: int
+    residual_multiplier: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from coterie.errors import OutputError
+from coterie.errors import CoterieError, ModelError, OutputError
+from coterie.streaming.config import one_line
 from coterie.streaming.model import StreamedModel
 
 
@@ -272,7 +273,15 @@ def sweep(
             walker = greenlet(lambda number=number, batch=batch: walk(number, batch))
             walker.number = number
             walkers.append(walker)
-            resume(number)
+            try:
+                resume(number)
+            except (CoterieError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # modelling code that does not come to a decoder layer can raise anything
+                raise ModelError(
+                    f"{type(streamed.model).__name__} cannot be run layer by layer: {one_line(error)}",
+                    "Only decoders that read tokens from left to right can be streamed.",
+                ) from error
         streamed.free_embeddings()
         for index in range(first, len(layers)):
             layer = streamed.load_layer(index)
