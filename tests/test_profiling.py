@@ -19,6 +19,7 @@ from coterie.experts.forward import NAME, observe
 from coterie.profiling.observe import LayerObservation
 from coterie.profiling.observers import (
     OBSERVERS,
+    RATIO_BINS,
     ExpertRows,
     LayerShape,
     MaxActivation,
@@ -159,6 +160,8 @@ def brute(folder, batches, D):
         s |= {"count_DE": torch.zeros(D, E).long(), "tokens_D": torch.zeros(D).long()}
         s |= {"output_max_E": torch.zeros(E), "output_max_channel_E": torch.full((E,), -1)}
         s |= {"output_norm_max_E": torch.zeros(E)}
+        s |= {"gate_ratio_RB": torch.zeros(layer.top_k - 1, RATIO_BINS).long()}
+        s |= {"gate_ratio_sum_R": torch.zeros(layer.top_k - 1, dtype=torch.float64)}
         for batch, (x_TH, logits_TE, index_TK, weight_TK) in zip(batches, seen[layer.index], strict=True):
             L = batch.ids_BL.shape[1]
             for t in range(len(x_TH)):
@@ -172,6 +175,10 @@ def brute(folder, batches, D):
                 s["router_sum_E"] += logits
                 s["router_gram_EE"] += torch.outer(logits, logits)
                 total = float(weight_TK[t].double().sum())
+                first, *rest = sorted(weight_TK[t].double().tolist(), reverse=True)
+                for rank, weight in enumerate(rest):
+                    s["gate_ratio_RB"][rank, min(int(weight / first * RATIO_BINS), RATIO_BINS - 1)] += 1
+                    s["gate_ratio_sum_R"][rank] += weight / first
                 for a in chosen:
                     for b in chosen:
                         s["coactivation_EE"][a, b] += 1
@@ -254,9 +261,8 @@ def routed_rows(seed, T=40, H=6, E=5, K=2):
     none_TK = torch.rand(T, K, generator=g) < 0.2
     index_TK[none_TK], weight_TK[none_TK] = E, 0.0
     domain_T = torch.randint(0, 2, (T,), generator=g)
-    return Routing(torch.randn(T, H, generator=g), logits_TE, weight_TK, index_TK, domain_T), torch.randn(
-        T, K, H, generator=g
-    )
+    x_TH, start_T = torch.randn(T, H, generator=g), torch.zeros(T, dtype=torch.bool)
+    return Routing(x_TH, logits_TE, weight_TK, index_TK, domain_T, start_T), torch.randn(T, K, H, generator=g)
 
 
 def fed(cls, routing, y_TKH, parts):
@@ -267,7 +273,7 @@ def fed(cls, routing, y_TKH, parts):
     for part in parts:
         part = torch.tensor(part, dtype=torch.int64)
         fields = (routing.x_TH, routing.logits_TE, routing.weight_TK, routing.index_TK, routing.domain_T)
-        observer.see_routing(Routing(*(f[part] for f in fields)))
+        observer.see_routing(Routing(*(f[part] for f in (*fields, routing.start_T))))
         for expert in range(5):
             at, slot = (routing.index_TK[part] == expert).nonzero(as_tuple=True)
             if observer.watches_outputs and len(at):
@@ -529,10 +535,13 @@ def run(model_or_layer, implementation, *inputs):
 
 
 class Counter:
-    """A tap that counts the rows each expert computed."""
+    """A tap that counts the rows each expert computed, and keeps their weighted sum."""
 
     def __init__(self):
         self.rows = {}
+
+    def combined(self, sum_TH):
+        self.sum_TH = sum_TH.clone()
 
     def routed(self, x_TH, index_TK, weight_TK):
         return True
@@ -557,6 +566,7 @@ def test_the_sentinel_costs_nothing_and_adds_nothing(family):
     counter = Counter()
     with observe(layer.experts, counter):
         found_TH = run(layer, NAME, x_TH, with_none_TK, weight_TK)
+    assert torch.equal(counter.sum_TH, found_TH)
     expected_TH = run(layer, "eager", x_TH, index_TK, weight_TK.masked_fill(some_TK, 0.0))
     torch.testing.assert_close(found_TH, expected_TH, atol=2e-6, rtol=2e-5)
     assert torch.equal(found_TH[3], torch.zeros_like(found_TH[3]))
@@ -589,9 +599,10 @@ def test_the_sentinel_is_in_no_statistic_of_the_selected(observer):
         "output_norm_E": y_TKH.double().norm(dim=-1)[real_TK].sum(),
         "output_sum_EH": y_TKH.double()[real_TK].sum(),
         "input_square_EH": (routing.x_TH.double().square().sum(1) * real_TK.sum(1)).sum(),
+        "gate_ratio_RB": (real_TK.sum(1) == 2).sum(),
     }
     for name, value in state.items():
-        assert value.shape[0] in (2, 5)
+        assert value.shape[0] in ((1,) if name.startswith("gate_ratio") else (2, 5))
         if name in totals:
             assert float(value.sum()) == pytest.approx(float(totals[name]), rel=1e-6, abs=1e-4)
 

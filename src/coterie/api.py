@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.planning import make_plan, plan_method
 from coterie.compression.recipe import Recipe
 from coterie.compression.selector import Budget, parse_layers, parse_protect
+from coterie.compression.sparsify import sparsify, sparsify_forecast
+from coterie.compression.sparsifying.base import Sparsifier
 from coterie.decoding.skipping import Skipped, betas, check_fit, skip
 from coterie.errors import UsageError
 from coterie.evaluation.compare import ModelResult, evaluate_models
@@ -43,7 +45,7 @@ from coterie.streaming.checkpoint import Checkpoint, resolve
 from coterie.streaming.config import choose_compute_dtype
 from coterie.streaming.lockstep import Progress, States
 from coterie.streaming.model import StreamedModel
-from coterie.streaming.writer import DEFAULT_SHARD_BYTES, check_place, parse_size, write_json
+from coterie.streaming.writer import DEFAULT_SHARD_BYTES, check_place, parse_size
 from coterie.text import TokenData, check_ids, from_text, held_out, load_data, load_tokenizer, load_tokens
 
 if TYPE_CHECKING:
@@ -269,6 +271,10 @@ def prepare(
         given = "--data" if data else "--tokens"
         raise UsageError(f"--profile and {given} both say what experts are judged by", "Give one of them.")
     chosen = plan_method(ready_plan) if ready_plan else get_method(method, parameters)
+    if isinstance(chosen, Sparsifier):
+        return _prepare_sparsifier(
+            model, chosen, method, runtime, data, seed, text, budget, profile=profile, plan=plan, propagate=propagate
+        )
     streamed = runtime.open(model)
     how_much = None if ready_plan else budget_of(streamed, **budget)
     found = None
@@ -291,6 +297,39 @@ def prepare(
     }
 
 
+_NO_BUDGET: dict[str, Any] = {"scope": "uniform", "minimum": 1, "protect": ()}  # what says nothing
+
+
+def _prepare_sparsifier(
+    model: str,
+    method: Sparsifier,
+    name: str,
+    runtime: Runtime,
+    data: Sequence[str],
+    seed: int,
+    text: dict[str, Any],
+    budget: dict[str, Any],
+    **other: Any,
+) -> dict[str, Any]:
+    """The checked request of a method that zeroes weights: it has no budget of experts, no profile and no plan."""
+    said = [key for key, value in budget.items() if value not in (_NO_BUDGET.get(key), [])]
+    said += [key for key, value in other.items() if value]
+    if said:
+        options = ", ".join("--" + key.replace("_", "-") for key in said)
+        raise UsageError(
+            f"this method removes no expert: {options} would be ignored",
+            f"Leave out {options}; how much to zero is a parameter, e.g. --set sparsity=0.5.",
+        )
+    method.check()
+    streamed = runtime.open(model)
+    found = calibration(model, data, seed=seed, runtime=runtime, **text) if method.needs_text else None
+    if found is not None:
+        check_ids(found, _vocabulary(streamed))
+    memory = parse_size(runtime.memory, least=0)
+    request = {"streamed": streamed, "model": model, "method": method, "name": name, "data": found}
+    return {**request, "seed": seed, "memory": memory}
+
+
 def forecast(
     model: str,
     out: str,
@@ -307,6 +346,8 @@ def forecast(
     Raises whatever `compress` would raise before it writes.
     """
     given = prepared or prepare(model, runtime=runtime, **request)
+    if isinstance(given["method"], Sparsifier):
+        return sparsify_forecast(Path(out), **given)
     return run_forecast(Path(out), progress=progress, measure_first=measure, **given)
 
 
@@ -339,15 +380,12 @@ def compress(
     """
     check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
     given = dict(prepared or prepare(model, runtime=runtime, **request))
-    result = run_compress(
-        given.pop("streamed"),
-        Path(out),
-        shard_bytes=parse_size(shard_size) if shard_size else DEFAULT_SHARD_BYTES,
-        overwrite=overwrite,
-        progress=progress,
-        on_first_layer=on_first_layer,
-        **given,
-    )
+    streamed, shard_bytes = given.pop("streamed"), parse_size(shard_size) if shard_size else DEFAULT_SHARD_BYTES
+    options: dict[str, Any] = {"shard_bytes": shard_bytes, "overwrite": overwrite, "progress": progress}
+    if isinstance(given["method"], Sparsifier):
+        result = sparsify(streamed, Path(out), **options, **given)
+    else:
+        result = run_compress(streamed, Path(out), on_first_layer=on_first_layer, **options, **given)
     result.warnings[:0] = given["data"].warnings if given["data"] else []
     return result
 
@@ -390,10 +428,10 @@ def carry_out(
     on_step : called with (number from 1, result) after every step.
 
     Steps in between stand beside `out` as OUT.step1, ... until the last one is done. A killed run, started again, goes
-    on in the step it was in. The last record (coterie.json) also holds those of the earlier steps.
+    on in the step it was in. Every record (coterie.json) also holds those of the earlier steps.
     """
     check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
-    source, between, earlier = model, list[Path](), list[dict[str, Any]]()
+    source, between = model, list[Path]()
     identity = Checkpoint.open(model, offline=(runtime or Runtime()).offline).digest()
     for number, request in enumerate(requests, 1):
         identity = hashlib.sha256(json.dumps([identity, request], sort_keys=True, default=str).encode()).hexdigest()
@@ -406,14 +444,11 @@ def carry_out(
             result = compress(source, str(folder), overwrite=overwrite or folder.exists(), **options, **request)
             mark.write_text(identity)
             on_step(number, result)
-        earlier.append(json.loads((folder / "coterie.json").read_text(encoding="utf-8")))
         between.append(folder)
         source = str(folder)
     result = compress(
         source, out, shard_size=shard_size, overwrite=overwrite, runtime=runtime, progress=progress, **requests[-1]
     )
-    result.record["earlier_steps"] = earlier
-    write_json(Path(out) / "coterie.json", result.record)
     on_step(len(requests), result)
     for folder in between:
         shutil.rmtree(folder)
@@ -425,6 +460,8 @@ def evaluate(
     data: Sequence[str] = (),
     *,
     samples: int = 64,
+    skip_profile: str | Profile | None = None,
+    skip_quantile: float = 0.5,
     seed: int = 0,
     runtime: Runtime | None = None,
     progress: Progress | None = None,
@@ -432,6 +469,8 @@ def evaluate(
 ) -> list[ModelResult]:
     """Loss and perplexity of every model on text and, for all but the first, KL to and agreement with the first.
 
+    skip_profile : a profile of the first model that holds `GateRatio`; that model is then measured a second time, with
+        its weak experts skipped at run time (see `skipping`), and what was skipped is told in its name.
     Keywords beyond these are `calibration`'s: length, tokens, ...
     """
     runtime = runtime or Runtime()
@@ -445,7 +484,19 @@ def evaluate(
     sizes = {m.config.get_text_config(decoder=True).vocab_size for _, m in opened}
     if len(sizes) > 1:
         raise UsageError(f"these models have different vocabularies ({sorted(sizes)}) and cannot be compared")
-    return evaluate_models(opened, found, memory=parse_size(runtime.memory, least=0), progress=progress, seed=seed)
+    memory = parse_size(runtime.memory, least=0)
+    with ExitStack() as stack:
+        skipped = None
+        if skip_profile is not None:
+            seen = skip_profile if isinstance(skip_profile, Profile) else Profile.load(Path(skip_profile))
+            again = runtime.open(names[0])
+            check_fit(seen, again.moe.values())
+            skipped = stack.enter_context(skip(again.moe.values(), betas(seen, skip_quantile)))
+            opened.append((f"{names[0]} skipping", again))
+        results = evaluate_models(opened, found, memory=memory, progress=progress, seed=seed)
+    if skipped is not None:
+        results[-1].model += f" ({skipped.active:.2f} experts per token)"
+    return results
 
 
 def super_experts(

@@ -61,6 +61,17 @@ def evaluate(
     seed: o.Seed = 0,
     tokens: o.Tokens = None,
     tokenizer: o.Tokenizer = None,
+    skip: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder made by `coterie profile` of the first model: measure it a second time with its weak experts"
+            " skipped at run time.",
+            show_default=False,
+        ),
+    ] = None,
+    skip_quantile: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of tokens that skip, per layer and rank, with --skip.")
+    ] = 0.5,
     tasks: Tasks = None,
     num_fewshot: NumFewshot = None,
     limit: Limit = None,
@@ -74,6 +85,8 @@ def evaluate(
         raise UsageError(f"--tasks and {'--data' if data else '--tokens'} both say what to run on", "Give one of them.")
     if not names and (tasks or num_fewshot is not None or limit is not None or include_path):
         raise UsageError("no task is named", "Name some with --tasks.")
+    if names and skip:
+        raise UsageError("--skip is measured on text, not on tasks", "Use --data with it.")
     if not names and (streamed is not None or apply_chat_template):
         raise UsageError("--streamed, --resident and --apply-chat-template are about tasks", "Name some with --tasks.")
     if limit is not None and limit <= 0:
@@ -112,6 +125,8 @@ def evaluate(
             length=length,
             batch_size=batch_size,
             pack=pack,
+            skip_profile=skip,
+            skip_quantile=skip_quantile,
             seed=seed,
             runtime=runtime,
             progress=bar,  # type: ignore[arg-type]

@@ -296,6 +296,38 @@ class MaxActivation(Observer):
             self.output_max_channel_E[rows.expert] = channel.cpu()
 
 
+RATIO_BINS = 2000  # over [0, 1]
+
+
+class GateRatio(Observer):
+    """gate_ratio_RB: tokens by w_i / w_1, in 2000 equal bins of [0, 1], for the ranks i = 2, 3, ...
+
+    What dynamic skipping is calibrated on (NAEE, arXiv:2402.14800). w_1 >= w_2 >= ... are the weights the model
+    applied to a token's experts, sorted. gate_ratio_sum_R: sum of the ratios. Tokens with fewer than i experts are not
+    counted at rank i.
+    """
+
+    fields = {"gate_ratio_RB": "sum", "gate_ratio_sum_R": "sum"}
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        ranks = max(shape.top_k - 1, 0)
+        self.gate_ratio_RB = torch.zeros(ranks, RATIO_BINS, dtype=torch.int64)
+        self.gate_ratio_sum_R = torch.zeros(ranks, dtype=torch.float64)
+
+    def see_routing(self, routing: Routing) -> None:
+        real_TK = routing.index_TK < self.shape.experts
+        weight_TK = torch.where(real_TK, routing.weight_TK.double(), -torch.inf)
+        weight_TK, order_TK = weight_TK.sort(-1, descending=True)
+        real_TR = real_TK.gather(-1, order_TK)[:, 1:] & (weight_TK[:, :1] > 0)
+        ratio_TR = torch.where(real_TR, weight_TK[:, 1:] / weight_TK[:, :1], 0.0).clamp(0, 1)
+        bin_TR = (ratio_TR * RATIO_BINS).long().clamp(max=RATIO_BINS - 1)
+        for rank in range(ratio_TR.shape[1]):
+            bin_T = bin_TR[:, rank][real_TR[:, rank]]
+            self.gate_ratio_RB[rank] += torch.bincount(bin_T, minlength=RATIO_BINS).cpu()
+        self.gate_ratio_sum_R += ratio_TR.sum(0).cpu()
+
+
 OBSERVERS: dict[str, type[Observer]] = {
     cls.__name__: cls
     for cls in (
@@ -310,5 +342,6 @@ OBSERVERS: dict[str, type[Observer]] = {
         MeanOutput,
         InputMoment,
         MaxActivation,
+        GateRatio,
     )
 }
