@@ -118,6 +118,7 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
     "deepseek_ocr2": {
         "vision_config": {
             "sam_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64},
+            "encoder_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64},
         }
     },
     "dots3_note": {

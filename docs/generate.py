@@ -61,6 +61,7 @@ def methods_page() -> str:
     """Every registered method: kind, paper, parameters, the statistics it reads, what its file says."""
     from coterie.cli.common import parameter_rows
     from coterie.compression.methods import methods
+    from coterie.profiling.observers import OBSERVERS
 
     known = methods()
     body = [
@@ -73,7 +74,10 @@ def methods_page() -> str:
         ),
     ]
     for entry in known.values():
-        reads = [f"[{o.__name__}](statistics.md#{o.__name__.lower()})" for o in entry.cls().observes()]
+        reads = [
+            f"[{o.__name__}](statistics.md#{o.__name__.lower()})" if o.__name__ in OBSERVERS else code(o.__name__)
+            for o in entry.cls().observes()
+        ]
         module = sys.modules[entry.cls.__module__]
         source = f"src/{module.__name__.replace('.', '/')}.py"
         about = (module.__doc__ or "").strip()
@@ -95,7 +99,6 @@ def statistics_page() -> str:
     from coterie.compression.methods import methods
     from coterie.profiling.observers import OBSERVERS, LayerShape
 
-    letters = {3: "D", 5: "E", 7: "H"}  # sizes of no meaning, told apart by their number
     shape = LayerShape(experts=5, top_k=2, hidden=7, domains=3)
     readers: dict[str, list[str]] = {name: [] for name in OBSERVERS}
     for entry in methods().values():
@@ -106,7 +109,8 @@ def statistics_page() -> str:
         "is named, with `--method NAME` what that method reads. A statistic is an attribute of a layer of a profile:",
         "`profile.layers[0].count_E`. [Understanding a model](understand.md) shows how to read them.",
         "",
-        "Shapes: D domains, E experts, H hidden. When two profiles of a model are merged, sums add up, of maxima the",
+        "Shapes: D domains, E experts, H hidden, R ranks below the first, B bins. What single methods record besides is",
+        "on their page. When two profiles of a model are merged, sums add up, of maxima the",
         "larger stays, and `with X` is taken from the side whose X is larger. Padding never counts. x is a token's",
         "input, f_e(x) the output of expert e, g the gate weight that the model applied.",
         "",
@@ -115,7 +119,7 @@ def statistics_page() -> str:
         state = cls(shape).state()
         rows = []
         for field, rule in cls.fields.items():
-            sizes = ", ".join(letters[size] for size in state[field].shape)
+            sizes = ", ".join(field.rpartition("_")[2])  # names end in the letters of their shape
             rows.append([code(field), f"[{sizes}]", str(state[field].dtype).removeprefix("torch."), rule])
         cost = "Needs the experts' outputs." if cls.watches_outputs else "Needs the routing alone."
         body += [f"## {name}", "", *_paragraphs(cls.__doc__ or ""), ""]
@@ -127,7 +131,7 @@ def statistics_page() -> str:
 def _paragraphs(docstring: str) -> list[str]:
     """A docstring's lines; names at the start of a definition become code."""
     text = inspect.cleandoc(docstring).replace("*", r"\*").replace("|", r"\|")
-    return [re.sub(r"(?<![\w`])(\w+_(?:E|D|DE|EE|EH|H|channel_E))(?=:)", r"`\1`", line) for line in text.splitlines()]
+    return [re.sub(r"(?<![\w`])(\w+_(?:E|D|DE|EE|EH|H|RB|R|channel_E))(?=:)", r"`\1`", line) for line in text.splitlines()]
 
 
 # ---- cli ----
@@ -135,22 +139,22 @@ def _paragraphs(docstring: str) -> list[str]:
 
 def cli_page() -> str:
     """The help of every verb, from the same declarations that the command line itself is made from."""
-    from typer.main import get_command
-
+    from coterie.cli.common import all_verbs
     from coterie.cli.main import app
 
-    group: Any = get_command(app)
-    names = list(group.commands)
+    verbs = all_verbs(app)
     body = [
         "`coterie VERB --help` shows the same in a terminal. A verb ends with exit code 0; with 2 for a request, a",
         "model or a text it cannot work with; with 1 for an output it cannot write; with 130 when interrupted. The",
         "message says what to do. Results go to standard output, notes and warnings to standard error.",
         "",
-        *table(["verb", "what it does"], ([f"[{n}](#coterie-{n})", _first(group.commands[n].help)] for n in names)),
+        *table(
+            ["verb", "what it does"],
+            ([f"[{n}](#coterie-{n.replace(' ', '-')})", _first(verb.help)] for n, verb in verbs.items()),
+        ),
     ]
     shared: list[list[str]] = []
-    for name in names:
-        command = group.commands[name]
+    for name, command in verbs.items():
         types = _types(command.callback)
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         usage = " ".join(_argument(p) for p in arguments)

@@ -110,6 +110,17 @@ def verb_first(arguments: list[str]) -> list[str]:
     return [*rest[:at], *moved, *rest[at:]] if rest else moved
 
 
+def all_verbs(app: typer.Typer) -> dict[str, Any]:
+    """Every command by the words that call it: `compress`, `analyze super-experts`."""
+    from typer.main import get_command
+
+    found = {}
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        found |= {f"{name} {below}": c for below, c in inner.items()} if inner else {name: command}
+    return found
+
+
 def quiet(verbose: bool) -> None:
     """Keep libraries from chatting unless asked, and threads from spinning: must run before torch is imported."""
     if "OMP_WAIT_POLICY" not in os.environ:  # spin briefly, then sleep: benchmarks/cpu_choices.py

@@ -250,6 +250,7 @@ def _show_redundancy(figures: dict[str, Any], where: str) -> None:
 
 
 def _show_result(result: Any, out: str, elapsed: float, report: bool) -> None:
+    from coterie.compression.apply import spoken_sparsity
     from coterie.compression.sizes import spoken_experts
 
     before, after = result.before, result.after
@@ -260,6 +261,10 @@ def _show_result(result: Any, out: str, elapsed: float, report: bool) -> None:
         ["active per token", millions(before.active_parameters), millions(after.active_parameters)],
     ]
     table(f"{result.plan.method}: {out}", ["", "before", "after"], rows)
+    if sparsity := result.record.get("sparsity"):
+        say(f"sparsity {spoken_sparsity(sparsity)}")
+        sparse = gigabytes(sparsity["bytes_if_stored_sparse"])
+        say(f"a bit mask and the other values would take {sparse}; this checkpoint does not")
     resumed = ", resumed" if result.resumed else ""
     say(
         f"{result.sweeps} sweep{'s' if result.sweeps > 1 else ''}, {gigabytes(result.bytes_read)} read,"
