@@ -6,7 +6,9 @@ with the same experts sliced away in memory. Nothing is known here about a famil
 names. A family that fails is listed with the reason and the step it failed in: shrinking the config is this script's
 own business ("cannot be made tiny"), everything after that is Coterie's or transformers'.
 
-    python benchmarks/architectures.py [NAME ...] [--json FILE]
+    python benchmarks/architectures.py [NAME ...] [--json benchmarks/results/architectures.json]
+
+docs/architectures.md is generated from that file.
 """
 
 from __future__ import annotations
@@ -108,7 +110,15 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
             "split_ngram_parts": 1,
         }
     },
-    "glm5_next": {"text_config": {"index_kpool": 4, "qk_rope_head_dim": 0, "qk_nope_head_dim": 16, "linear_head_dim": 16, "linear_num_heads": 4}},
+    "glm5_next": {
+        "text_config": {
+            "index_kpool": 4,
+            "qk_rope_head_dim": 0,
+            "qk_nope_head_dim": 16,
+            "linear_head_dim": 16,
+            "linear_num_heads": 4,
+        }
+    },
     "glm4v_moe": {
         "text_config": {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
@@ -266,7 +276,8 @@ def main() -> None:
     passed = sum(o.passed for o in outcomes)
     print(f"\ntransformers {transformers.__version__}: {passed} of {len(outcomes)} pass")
     if given.json:
-        given.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n")
+        found = {"transformers": transformers.__version__, "outcomes": [asdict(o) for o in outcomes]}
+        given.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python docs/generate.py --check           # write nothing; exit 1 if one is not what the code says
 
 Nothing here is knowledge about a method, a statistic or an option: whatever a page says wrongly is corrected in the
-docstring or the description it was made from. `architectures` builds every family of the installed transformers on the
-meta device and takes about half a minute; the others take the time of importing torch.
+docstring or the description it was made from. `architectures` shows what benchmarks/architectures.py recorded, beside
+default sizes from the meta device, and takes about half a minute; the others take the time of importing torch.
 """
 
 # E experts, H hidden, D domains
@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 RESULTS = ROOT / "reproductions" / "results"
+TRIED = ROOT / "benchmarks" / "results" / "architectures.json"
 COMMAND = "python docs/generate.py"
 
 
@@ -109,10 +110,10 @@ def statistics_page() -> str:
         "is named, with `--method NAME` what that method reads. A statistic is an attribute of a layer of a profile:",
         "`profile.layers[0].count_E`. [Understanding a model](understand.md) shows how to read them.",
         "",
-        "Shapes: D domains, E experts, H hidden, R ranks below the first, B bins. What single methods record besides is",
-        "on their page. When two profiles of a model are merged, sums add up, of maxima the",
-        "larger stays, and `with X` is taken from the side whose X is larger. Padding never counts. x is a token's",
-        "input, f_e(x) the output of expert e, g the gate weight that the model applied.",
+        "Shapes: D domains, E experts, H hidden, R ranks below the first, B bins. What single methods record besides",
+        "is on their page. When two profiles of a model are merged, sums add up, of maxima the larger stays, and",
+        "`with X` is taken from the side whose X is larger. Padding never counts. x is a token's input, f_e(x) the",
+        "output of expert e, g the gate weight that the model applied.",
         "",
     ]
     for name, cls in OBSERVERS.items():
@@ -131,7 +132,9 @@ def statistics_page() -> str:
 def _paragraphs(docstring: str) -> list[str]:
     """A docstring's lines; names at the start of a definition become code."""
     text = inspect.cleandoc(docstring).replace("*", r"\*").replace("|", r"\|")
-    return [re.sub(r"(?<![\w`])(\w+_(?:E|D|DE|EE|EH|H|RB|R|channel_E))(?=:)", r"`\1`", line) for line in text.splitlines()]
+    return [
+        re.sub(r"(?<![\w`])(\w+_(?:E|D|DE|EE|EH|H|RB|R|channel_E))(?=:)", r"`\1`", line) for line in text.splitlines()
+    ]
 
 
 # ---- cli ----
@@ -222,44 +225,43 @@ def _option(parameter: Any, types: dict[str, tuple[str, str]]) -> list[str]:
 
 
 def architectures_page() -> str:
-    """What the installed transformers offers, and what Coterie makes of it."""
-    import transformers
+    """Every family of transformers with fused experts: what became of it when it was pruned, reloaded and compared."""
+    from coterie.anatomy.architectures import Architecture, examine
 
-    from coterie.anatomy.architectures import Architecture, discover
+    recorded = json.loads(TRIED.read_text(encoding="utf-8"))
+    outcomes = sorted(recorded["outcomes"], key=lambda o: (o["model_type"], o["model_class"]))
+    passed = [o for o in outcomes if o["passed"]]
+    failed = [o for o in outcomes if not o["passed"]]
+    shapes = {o["model_class"]: examine(o["model_type"], o["model_class"]) for o in passed}
 
-    found = sorted(discover(), key=lambda a: a.model_type)
-    works = [a for a in found if a.verdict == "works"]
-    reading = [a for a in found if a.verdict == "read-only"]
-    no = [a for a in found if a.verdict == "no"]
-
-    def shapes(group: Iterable[Architecture]) -> Iterable[list[str]]:
-        for a in group:
-            layers = f"{a.moe_layers} of {a.layers}"
-            groups = str(a.groups) if a.groups > 1 else ""
-            shared = "yes" if a.shared else ""
-            yield [code(a.model_type), a.model_class, layers, str(a.experts), str(a.top_k), groups, shared, a.reason]
+    def row(outcome: dict[str, Any]) -> list[str]:
+        a: Architecture = shapes[outcome["model_class"]]
+        named = [code(a.model_type), a.model_class]
+        if a.verdict == "no":  # the default configuration does not build; the small one did
+            return [*named, "", "", "", "", ""]
+        groups, shared = str(a.groups) if a.groups > 1 else "", "yes" if a.shared else ""
+        return [*named, f"{a.moe_layers} of {a.layers}", str(a.experts), str(a.top_k), groups, shared]
 
     columns = ["model type", "class", "MoE layers", "experts", "per token", "groups", "shared"]
     body = [
-        f"Examined with transformers {transformers.__version__}: every text-generating family whose modelling code",
-        "uses the fused-experts contract, in its default configuration, without weights. The model type is the",
-        "`model_type` in a checkpoint's `config.json`. `coterie inspect --architectures` examines the transformers",
-        "that you have, and `coterie inspect MODEL` one checkpoint: a default configuration that does not build says",
-        "nothing about yours.",
+        f"Every text-generating family of transformers {recorded['transformers']} whose modelling code uses the",
+        "fused-experts contract was built small with random weights, saved, pruned to half of its experts with REAP,",
+        "loaded again by plain transformers, and compared with the same experts cut out in memory",
+        "(`benchmarks/architectures.py`). The model type is the `model_type` in a checkpoint's `config.json`; sizes",
+        "are those of the family's default configuration. `coterie inspect --architectures` examines the transformers",
+        "that you have, and `coterie inspect MODEL` one checkpoint.",
         "",
-        f"{len(works)} of {len(found)} work, {len(reading)} can be inspected and profiled but not pruned,"
-        f" {len(no)} do not work.",
+        f"{len(passed)} of {len(outcomes)} work.",
         "",
-        f"## Works ({len(works)})",
+        f"## Works ({len(passed)})",
         "",
-        *table(columns, (row[:-1] for row in shapes(works))),
+        *table(columns, map(row, passed)),
     ]
-    if reading:
-        body += [f"## Read-only ({len(reading)})", "", *table([*columns, "why"], shapes(reading))]
-    if no:
-        rows = ([code(a.model_type), a.model_class, a.reason] for a in no)
-        body += [f"## Does not work ({len(no)})", "", *table(["model type", "class", "why"], rows)]
-    return page("Architectures", "the installed transformers by coterie.anatomy.architectures", body)
+    if failed:
+        rows = ([code(o["model_type"]), o["model_class"], o["step"], o["reason"]] for o in failed)
+        columns = ["model type", "class", "where it ended", "why"]
+        body += [f"## Does not work ({len(failed)})", "", *table(columns, rows)]
+    return page("Architectures", "benchmarks/results/architectures.json", body)
 
 
 # ---- reproductions ----
