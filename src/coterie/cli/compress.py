@@ -39,6 +39,7 @@ def compress(
     length: o.Length = 512,
     batch_size: o.BatchSize = None,
     pack: o.Pack = True,
+    demonstrations: o.Demonstrations = None,
     seed: o.Seed = 0,
     tokens: o.Tokens = None,
     tokenizer: o.Tokenizer = None,
@@ -82,6 +83,7 @@ def compress(
         "length": length,
         "batch_size": batch_size,
         "pack": pack,
+        "demonstrations": demonstrations,
         "seed": seed,
     }
     request: dict[str, Any] = {
@@ -114,7 +116,13 @@ def compress(
     if plan is not None:
         request = {"plan": plan}
     if recipe is not None:
-        also = ("tokens", "tokenizer", "batch_size", "pack")  # how the recipe's text is read, not what is done
+        also = (
+            "tokens",
+            "tokenizer",
+            "batch_size",
+            "pack",
+            "demonstrations",
+        )  # how the recipe's text is read, not what is done
         requests = api.recipe_requests(recipe, {k: request[k] for k in also if _was_given(context, k)})
         if len(requests) > 1:
             if dry_run:
@@ -209,7 +217,7 @@ def _refuse_contradictions(context: typer.Context, *, plan: str | None, recipe: 
     chosen = "--plan" if plan is not None else "--recipe"
     if plan is None and recipe is None:
         return
-    decided = (*_DECIDED, "recipe", "tokens", "batch_size", "pack") if plan is not None else _DECIDED
+    decided = (*_DECIDED, "recipe", "tokens", "batch_size", "pack", "demonstrations") if plan is not None else _DECIDED
     if names := [name for name in decided if _was_given(context, name)]:
         options = ", ".join("--set" if name == "parameters" else "--" + name.replace("_", "-") for name in names)
         raise UsageError(

@@ -27,6 +27,15 @@ Pack = Annotated[
     bool,
     typer.Option("--pack/--no-pack", help="Join documents and cut full windows, or pad one document per sequence."),
 ]
+Demonstrations = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Take this many of each domain's longest documents or dialogues, one a sequence, instead of windows"
+        " (--samples, --pack): what EASY-EP is judged on.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
 Set = Annotated[
     list[str] | None,

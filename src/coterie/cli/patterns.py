@@ -13,14 +13,6 @@ patterns = typer.Typer(
 )
 
 Store = Annotated[str, typer.Argument(help="Folder of a pattern store.", show_default=False)]
-Demonstrations = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Take this many of each task's longest documents or dialogues, one a sequence, instead of windows.",
-        show_default=False,
-    ),
-]
 
 _K = "Keys: what queries are compared with"
 
@@ -51,7 +43,7 @@ def build(
     length: o.Length = 512,
     batch_size: o.BatchSize = None,
     pack: o.Pack = True,
-    demonstrations: Demonstrations = None,
+    demonstrations: o.Demonstrations = None,
     seed: o.Seed = 0,
     tokenizer: o.Tokenizer = None,
     add: Annotated[bool, typer.Option("--add", help="Add the tasks to the store if it exists.")] = False,
