@@ -449,7 +449,7 @@ def test_the_command_line_takes_demonstrations(tmp_path):
 
     from inprocess import cli
 
-    source = saved("mixtral", tmp_path)
+    source = saved("mixtral", tmp_path, vocab_size=4096)
     file = tmp_path / "chat.jsonl"
     lines = [{"prompt": f"Count to {n}.", "answer": " ".join(map(str, range(n)))} for n in (5, 40, 20)]
     file.write_text("\n".join(map(json.dumps, lines)))

@@ -114,7 +114,7 @@ def all_verbs(app: typer.Typer) -> dict[str, Any]:
     """Every command by the words that call it: `compress`, `analyze super-experts`."""
     from typer.main import get_command
 
-    found = {}
+    found: dict[str, Any] = {}
     for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
         inner = getattr(command, "commands", None)
         found |= {f"{name} {below}": c for below, c in inner.items()} if inner else {name: command}
