@@ -253,10 +253,10 @@ def test_a_recipe_killed_between_steps_goes_on(model, data, tmp_path, monkeypatc
         f"data: [{data}]\nsamples: 3\nlength: 32\nsteps:\n"
         "  - {method: frequency, budget: {keep_experts: 6}}\n  - {method: reap, budget: {keep_experts: 4}}\n"
     )
-    from coterie import api
+    from coterie.api import shrink
     from coterie.errors import OutputError
 
-    original, calls = api.compress, []
+    original, calls = shrink.compress, []
 
     def failing(source, out, **options):
         calls.append(out)
@@ -264,7 +264,7 @@ def test_a_recipe_killed_between_steps_goes_on(model, data, tmp_path, monkeypatc
             raise OutputError("the disk is full")
         return original(source, out, **options)
 
-    monkeypatch.setattr(api, "compress", failing)
+    monkeypatch.setattr(shrink, "compress", failing)
     assert cli("compress", model, tmp_path / "a", "--recipe", recipe, "--no-report").code == 1
     assert (tmp_path / "a.step1").is_dir()
     works("compress", model, tmp_path / "a", "--recipe", recipe, "--no-report")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import coterie
 from coterie.anatomy import moe_layers, select, slice_names
 from coterie.assets import pocket
+from coterie.compression.methods import get_method
 from coterie.errors import CheckpointError, CoterieError, DataError, ModelError, UsageError
 from coterie.patterns import loading
 from coterie.patterns.demonstrations import generate_demonstrations
@@ -24,6 +25,7 @@ from coterie.patterns.loading import match_resident, of, switch
 from coterie.patterns.retrieval import match, nearest, probe
 from coterie.patterns.store import Key, PatternStore, build_store
 from coterie.profiling.contribution import tcess_name
+from coterie.profiling.run import profile_model
 from coterie.streaming.checkpoint import Checkpoint
 from coterie.streaming.lockstep import Batch
 from coterie.streaming.model import StreamedModel
@@ -83,14 +85,14 @@ def test_scores_come_from_any_method_and_keys_from_the_router(score, checkpoint,
     store = stored("qwen3-moe", score)
     assert torch.equal(store.keys_DE, stored("qwen3-moe").keys_DE)
     assert (store.tasks, store.tokens) == (["a", "b", "c"], {"a": 48, "b": 48, "c": 48})
-    profile = coterie.api.profile_model(
+    profile = profile_model(
         opened(checkpoint("qwen3-moe")),
         samples("b", 2),
-        coterie.api.get_method(store_method(score)).observes(),
+        get_method(store_method(score)).observes(),
         model="x",
     )
     for index, layer in profile.layers.items():
-        expected_E = coterie.api.get_method(store_method(score)).score(layer).double()
+        expected_E = get_method(store_method(score)).score(layer).double()
         assert torch.allclose(store.scores(index, "b"), expected_E, rtol=1e-5)
 
 
@@ -388,9 +390,7 @@ def test_an_order_or_a_plan_can_stand_for_a_store(checkpoint, stored, tmp_path):
     assert torch.equal(logits(by_order), expected)
     short = {index: experts[:4] for index, experts in order.items()}
     assert torch.equal(logits(coterie.load(str(folder), pattern=short)[0]), expected)
-    profile = coterie.api.profile_model(
-        opened(folder), samples("a", 1), coterie.api.get_method("premoe").observes(), model="x"
-    )
+    profile = profile_model(opened(folder), samples("a", 1), get_method("premoe").observes(), model="x")
     plan = coterie.plan(str(folder), profile, method="premoe", keep=0.5, out=str(tmp_path / "plan.json"))
     assert torch.equal(logits(coterie.load(str(folder), pattern=plan)[0]), expected)
     assert torch.equal(logits(coterie.load(str(folder), pattern=str(tmp_path / "plan.json"))[0]), expected)

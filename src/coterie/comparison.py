@@ -34,6 +34,7 @@ from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.planning import make_plan, plan_method
 from coterie.compression.selector import Budget, counts_for
 from coterie.compression.sizes import Size, measure, without
+from coterie.compression.sparsifying.base import Sparsifier
 from coterie.errors import CoterieError, UsageError
 from coterie.evaluation.bootstrap import stratified
 from coterie.evaluation.compare import ModelResult
@@ -167,6 +168,12 @@ def compare(
     a copy of its experts for methods that recombine them), the hidden states up to `memory` twice, the head.
     """
     methods = [get_method(entry.name, entry.parameters) for entry in entries]
+    for entry, chosen in zip(entries, methods, strict=True):
+        if isinstance(chosen, Sparsifier):
+            raise UsageError(
+                f"{entry.name} zeroes weights layer after layer on its own text, which cannot be done on the fly",
+                f"Write it with `coterie compress --method {entry.name}` and `coterie evaluate` both checkpoints.",
+            )
     size = measure(streamed)
     observers = _observers(streamed, methods, budgets, size)
     read = streamed.checkpoint.bytes_read

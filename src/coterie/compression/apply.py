@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,22 +143,32 @@ class Output:
         rows = router_rows(self.method, layer, stored, plan)
         state: dict[str, Tensor] = {}
         for name, dim in self.touched[plan.index].items():
-            if name in self.streamed.fused:
-                for key, view in self.streamed.fused[name].tensors(stored[name], plan.keep):
-                    self.writer.write(key, view)
-            elif name in rows:
+            if name in rows:
                 state[name] = rows[name]
-            elif dim is not None:
+            elif dim is None or name in self.streamed.fused:
+                state[name] = stored[name]
+            else:
                 state[name] = stored[name].index_select(dim, torch.tensor(plan.keep, device=stored[name].device))
-        if state:
-            for key, tensor in self.streamed.checkpoint_tensors(state).items():
-                self.writer.write(key, tensor)
+        self.write(state, plan.keep)
         if in_memory:
             select(layer, plan.keep)
             for name, value in rows.items():
                 tensor = self.streamed.model.get_parameter_or_buffer(name)
                 tensor.data.copy_(value)
         return figures
+
+    def write(self, state: Mapping[str, Tensor], keep: Sequence[int]) -> None:
+        """Write tensors of one layer, by model name; of fused ones the experts `keep`."""
+        others = {}
+        for name, tensor in state.items():
+            if name in self.streamed.fused:
+                for key, view in self.streamed.fused[name].tensors(tensor, keep):
+                    self.writer.write(key, view)
+            else:
+                others[name] = tensor
+        if others:
+            for key, tensor in self.streamed.checkpoint_tensors(others).items():
+                self.writer.write(key, tensor)
 
     def mark_written(self, index: int) -> None:
         """Layer `index` was written by an earlier run."""
@@ -225,6 +235,14 @@ def loads_with(after: Mapping[str, int]) -> str:
     return "Layers differ in size: loads with transformers after `import coterie` (pip install coterie)."
 
 
+def spoken_sparsity(sparsity: Mapping[str, Any]) -> str:
+    """How much of what is zero, from a record's `sparsity`."""
+    text = f"{sparsity['measured']:.1%} of {sparsity['weights']:,} weights in decoder layers"
+    if sparsity["weights_removed_before"]:
+        text += f"; {sparsity['measured_total']:.1%} with the experts removed before"
+    return text + "; stored dense, zeros included"
+
+
 def model_card(record: dict[str, Any]) -> str:
     """The section of the model card that says what was done."""
     recipe = record["recipe"]
@@ -238,6 +256,7 @@ def model_card(record: dict[str, Any]) -> str:
         f"- parameters: {before['parameters']:,} -> {after['parameters']:,}"
         f" (active per token: {before['active_parameters']:,} -> {after['active_parameters']:,})",
         f"- weights: {before['bytes'] / 1e9:.3f} GB -> {after['bytes'] / 1e9:.3f} GB",
+        *([f"- zeroed: {spoken_sparsity(record['sparsity'])}"] if "sparsity" in record else []),
         "",
         loads_with(after) + " `coterie.json` holds the recipe, digests and versions; `plan.json` which experts stayed.",
         "",

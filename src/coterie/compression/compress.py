@@ -12,6 +12,7 @@ A killed run, started again, goes on after the last whole layer and ends with th
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.planning import check_plan, check_profile, layer_plan_of, plan_layers
 from coterie.compression.selector import Budget, check_protect, counts_for, select_global
 from coterie.compression.sizes import Size, measure, without
-from coterie.errors import UsageError
+from coterie.errors import CheckpointError, UsageError
 from coterie.profiling.observe import LayerObservation, unique
 from coterie.profiling.observers import MeanOutput, Observer, SelectionCount
 from coterie.profiling.profile import LayerProfile, Profile, load_layers, save_layers
@@ -148,6 +149,7 @@ class _Run:
         self.budget, self.data, self.profile, self.given = budget, data, profile, plan
         self.propagate, self.shard_bytes, self.seed = propagate, shard_bytes, seed
         self.digest = streamed.checkpoint.digest()
+        self.earlier = earlier_steps(streamed.checkpoint.folder)
         self.counts: dict[int, int] | None = None  # known beforehand under a uniform budget
         self.before = measure(streamed)
         if budget is not None:
@@ -408,7 +410,22 @@ class _Run:
             "figures": {str(index): values for index, values in sorted(self.figures.items()) if values},
             "notes": [*self.output.notes, *self.method.notes()],
             "versions": versions(),
+            **({"earlier_steps": self.earlier} if self.earlier else {}),
         }
+
+
+def earlier_steps(folder: Path) -> list[dict[str, Any]]:
+    """The records of what Coterie has already done to the checkpoint in `folder`, oldest first; [] for none."""
+    try:
+        record = json.loads((folder / "coterie.json").read_text(encoding="utf-8"))
+        before = record.pop("earlier_steps", [])
+        return [*before, record] if all(isinstance(step, dict) for step in before) else []
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder / 'coterie.json'} is damaged: {error}", "Delete it if it is not wanted."
+        ) from error
 
 
 def versions() -> dict[str, str]:

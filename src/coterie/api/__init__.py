@@ -1,0 +1,29 @@
+"""The Python API: what the command line does, as functions. Names and defaults are the same."""
+
+from coterie.api.look import build_patterns, match_pattern, profile, super_experts
+from coterie.api.runtime import Runtime, calibration
+from coterie.api.shrink import budget_of, carry_out, compare, compress, export, forecast, plan, prepare, recipe_requests
+from coterie.api.use import evaluate, finetune, load, score_tasks, skipping
+
+__all__ = [
+    "Runtime",
+    "budget_of",
+    "build_patterns",
+    "calibration",
+    "carry_out",
+    "compare",
+    "compress",
+    "evaluate",
+    "export",
+    "finetune",
+    "forecast",
+    "load",
+    "match_pattern",
+    "plan",
+    "prepare",
+    "profile",
+    "recipe_requests",
+    "score_tasks",
+    "skipping",
+    "super_experts",
+]

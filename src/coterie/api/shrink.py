@@ -1,0 +1,404 @@
+"""Make a model smaller: budgets, plans, one compression or several, and which is best for a model and a text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coterie import comparison
+from coterie.compression import padding
+from coterie.compression.compress import Result, run_forecast
+from coterie.compression.compress import compress as run_compress
+from coterie.compression.forecast import Forecast
+from coterie.compression.methods import get_method
+from coterie.compression.plan import LayerPlan, Plan
+from coterie.compression.planning import make_plan, plan_method
+from coterie.compression.recipe import Recipe
+from coterie.compression.selector import Budget, parse_layers, parse_protect
+from coterie.compression.sparsify import sparsify, sparsify_forecast
+from coterie.compression.sparsifying.base import Sparsifier
+from coterie.errors import UsageError
+from coterie.profiling.profile import LayerProfile, Profile
+from coterie.streaming.checkpoint import Checkpoint
+from coterie.streaming.lockstep import Progress
+from coterie.streaming.model import StreamedModel
+from coterie.streaming.writer import DEFAULT_SHARD_BYTES, check_place, parse_size
+from coterie.text import check_ids, held_out
+
+if TYPE_CHECKING:
+    pass
+from coterie.api.runtime import SAMPLES, Runtime, calibration, vocabulary_of
+
+
+def budget_of(
+    streamed: StreamedModel,
+    *,
+    keep: float | None = None,
+    keep_experts: int | None = None,
+    target_size: str | int | None = None,
+    scope: str = "uniform",
+    minimum: int = 1,
+    layers: str | None = None,
+    exclude_layers: str | None = None,
+    protect: Sequence[str] = (),
+) -> Budget:
+    """A budget from the command line's options."""
+    return Budget(
+        keep=keep,
+        keep_experts=keep_experts,
+        target_bytes=parse_size(target_size) if isinstance(target_size, str) else target_size,
+        scope=scope,
+        minimum=minimum,
+        layers=parse_layers(layers, exclude_layers, sorted(streamed.moe)),
+        protect=parse_protect([protect] if isinstance(protect, str) else list(protect), streamed.checkpoint.digest),
+    )
+
+
+def plan(
+    model: str,
+    profile: str | Profile,
+    *,
+    method: str = "reap",
+    parameters: dict[str, Any] | None = None,
+    out: str | None = None,
+    runtime: Runtime | None = None,
+    **budget: Any,
+) -> Plan:
+    """Decide, on a finished profile, which experts stay. Keywords beyond these are `budget_of`'s (keep=0.5, ...)."""
+    streamed = (runtime or Runtime()).open(model)
+    loaded = profile if isinstance(profile, Profile) else Profile.load(Path(profile))
+    chosen = get_method(method, parameters)
+    result = make_plan(streamed, model, method, chosen, budget_of(streamed, **budget), loaded)
+    if out is not None:
+        result.save(Path(out))
+    return result
+
+
+_TEXT = (
+    "tokens",
+    "tokenizer",
+    "samples",
+    "length",
+    "batch_size",
+    "pack",
+    "demonstrations",
+)  # of what `calibration` takes
+
+
+_NO_BUDGET: dict[str, Any] = {"scope": "uniform", "minimum": 1, "protect": ()}  # what says nothing
+
+
+def prepare(
+    model: str,
+    *,
+    runtime: Runtime | None = None,
+    method: str = "reap",
+    parameters: dict[str, Any] | None = None,
+    data: Sequence[str] = (),
+    profile: str | Profile | None = None,
+    plan: str | Plan | None = None,
+    propagate: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """A checked request for `forecast` and `compress`: checkpoint opened, text tokenized, nothing read or written yet.
+
+    Everything a user can get wrong is found here. Keywords as in `compress`. A request serves one `compress`.
+    """
+    runtime = runtime or Runtime()
+    text = {name: options.pop(name) for name in _TEXT if name in options}
+    budget = {name: value for name, value in options.items() if value is not None}
+    ready_plan = Plan.load(Path(plan)) if isinstance(plan, str) else plan
+    ready_profile = Profile.load(Path(profile)) if isinstance(profile, str) else profile
+    if ready_plan is not None and (budget or ready_profile):
+        raise UsageError("a plan already says what stays: give it alone, without a budget or a profile")
+    if ready_profile is not None and (data or text.get("tokens")):
+        given = "--data" if data else "--tokens"
+        raise UsageError(f"--profile and {given} both say what experts are judged by", "Give one of them.")
+    chosen = plan_method(ready_plan) if ready_plan else get_method(method, parameters)
+    if isinstance(chosen, Sparsifier):
+        return _prepare_sparsifier(
+            model, chosen, method, runtime, data, seed, text, budget, profile=profile, plan=plan, propagate=propagate
+        )
+    streamed = runtime.open(model)
+    how_much = None if ready_plan else budget_of(streamed, **budget)
+    found = None
+    if ready_plan is None and ready_profile is None and any(o.needs_text for o in chosen.observes()):
+        found = calibration(model, data, seed=seed, runtime=runtime, **text)
+    if found is not None:
+        check_ids(found, vocabulary_of(streamed))
+    return {
+        "streamed": streamed,
+        "model": model,
+        "method": chosen,
+        "name": ready_plan.method if ready_plan else method,
+        "budget": how_much,
+        "data": found,
+        "profile": ready_profile,
+        "plan": ready_plan,
+        "propagate": propagate,
+        "seed": seed,
+        "memory": parse_size(runtime.memory, least=0),
+    }
+
+
+def _prepare_sparsifier(
+    model: str,
+    method: Sparsifier,
+    name: str,
+    runtime: Runtime,
+    data: Sequence[str],
+    seed: int,
+    text: dict[str, Any],
+    budget: dict[str, Any],
+    **other: Any,
+) -> dict[str, Any]:
+    """The checked request of a method that zeroes weights: it has no budget of experts, no profile and no plan."""
+    said = [key for key, value in budget.items() if value not in (_NO_BUDGET.get(key), [])]
+    said += [key for key, value in other.items() if value]
+    if said:
+        options = ", ".join("--" + key.replace("_", "-") for key in said)
+        raise UsageError(
+            f"this method removes no expert: {options} would be ignored",
+            f"Leave out {options}; how much to zero is a parameter, e.g. --set sparsity=0.5.",
+        )
+    method.check()
+    streamed = runtime.open(model)
+    found = calibration(model, data, seed=seed, runtime=runtime, **text) if method.needs_text else None
+    if found is not None:
+        check_ids(found, vocabulary_of(streamed))
+    memory = parse_size(runtime.memory, least=0)
+    request = {"streamed": streamed, "model": model, "method": method, "name": name, "data": found}
+    return {**request, "seed": seed, "memory": memory}
+
+
+def forecast(
+    model: str,
+    out: str,
+    *,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+    measure: bool = False,
+    prepared: dict[str, Any] | None = None,
+    **request: Any,
+) -> Forecast:
+    """What `compress` with the same keywords will need, without writing anything.
+
+    With `measure`, the first layers are run until the first MoE layer is planned: gives seconds and redundancy.
+    Raises whatever `compress` would raise before it writes.
+    """
+    given = prepared or prepare(model, runtime=runtime, **request)
+    if isinstance(given["method"], Sparsifier):
+        return sparsify_forecast(Path(out), **given)
+    return run_forecast(Path(out), progress=progress, measure_first=measure, **given)
+
+
+def compress(
+    model: str,
+    out: str,
+    *,
+    shard_size: str = "",
+    overwrite: bool = False,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+    on_first_layer: Callable[[LayerProfile, LayerPlan], None] = lambda profile, plan: None,
+    prepared: dict[str, Any] | None = None,
+    **request: Any,
+) -> Result:
+    """Write a smaller checkpoint to `out`.
+
+    Parameters
+    ----------
+    model : checkpoint folder or hub id.
+    method, parameters : name and parameters of a method (`coterie methods`).
+    keep, keep_experts, target_size, scope, minimum, layers, exclude_layers, protect : the budget, see `budget_of`.
+    data, tokens, tokenizer, samples, length, batch_size, pack, seed : calibration, see `calibration`.
+    profile : a finished profile (folder or object) instead of data. plan : a finished plan instead of all of these.
+    propagate : later layers see what changed earlier layers put out.
+    prepared : the request already checked by `prepare`, instead of the keywords above.
+    shard_size : largest shard, e.g. "5GB". overwrite : replace `out`.
+
+    Raises a `CoterieError` for anything the request, the checkpoint, the text or the disk has wrong.
+    """
+    check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
+    given = dict(prepared or prepare(model, runtime=runtime, **request))
+    streamed, shard_bytes = given.pop("streamed"), parse_size(shard_size) if shard_size else DEFAULT_SHARD_BYTES
+    options: dict[str, Any] = {"shard_bytes": shard_bytes, "overwrite": overwrite, "progress": progress}
+    if isinstance(given["method"], Sparsifier):
+        result = sparsify(streamed, Path(out), **options, **given)
+    else:
+        result = run_compress(streamed, Path(out), on_first_layer=on_first_layer, **options, **given)
+    result.warnings[:0] = given["data"].warnings if given["data"] else []
+    return result
+
+
+def recipe_requests(recipe: str, extra: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """A recipe file as keywords of `compress`, one set for each step. Methods and parameters are checked."""
+    loaded = Recipe.load(Path(recipe))
+    requests = []
+    for step in loaded.steps:
+        get_method(step.method, step.parameters)
+        request: dict[str, Any] = {
+            "method": step.method,
+            "parameters": step.parameters,
+            "propagate": step.propagate,
+            "data": loaded.data,
+            "samples": loaded.samples,
+            "length": loaded.length,
+            "seed": loaded.seed,
+        }
+        requests.append({**request, **step.budget.model_dump(exclude_unset=True), **(extra or {})})
+    return requests
+
+
+def carry_out(
+    model: str,
+    out: str,
+    requests: Sequence[dict[str, Any]],
+    *,
+    shard_size: str = "",
+    overwrite: bool = False,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+    on_step: Callable[[int, Result], None] = lambda number, result: None,
+) -> Result:
+    """Compress in several steps, each on the checkpoint the one before wrote; returns the last result.
+
+    Parameters
+    ----------
+    requests : keywords of `compress` for each step, as `recipe_requests` makes them.
+    on_step : called with (number from 1, result) after every step.
+
+    Steps in between stand beside `out` as OUT.step1, ... until the last one is done. A killed run, started again, goes
+    on in the step it was in. Every record (coterie.json) also holds those of the earlier steps.
+    """
+    check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
+    source, between = model, list[Path]()
+    identity = Checkpoint.open(model, offline=(runtime or Runtime()).offline).digest()
+    for number, request in enumerate(requests, 1):
+        identity = hashlib.sha256(json.dumps([identity, request], sort_keys=True, default=str).encode()).hexdigest()
+        if number == len(requests):
+            break
+        folder = Path(f"{out}.step{number}")
+        mark = folder / ".step"
+        if not (mark.is_file() and mark.read_text() == identity):
+            options: dict[str, Any] = {"shard_size": shard_size, "runtime": runtime, "progress": progress}
+            result = compress(source, str(folder), overwrite=overwrite or folder.exists(), **options, **request)
+            mark.write_text(identity)
+            on_step(number, result)
+        between.append(folder)
+        source = str(folder)
+    result = compress(
+        source, out, shard_size=shard_size, overwrite=overwrite, runtime=runtime, progress=progress, **requests[-1]
+    )
+    on_step(len(requests), result)
+    for folder in between:
+        shutil.rmtree(folder)
+    return result
+
+
+def compare(
+    model: str,
+    data: Sequence[str] = (),
+    *,
+    methods: Sequence[str] = ("reap",),
+    keep: Sequence[float] = (),
+    keep_experts: Sequence[int] = (),
+    eval_data: Sequence[str] = (),
+    eval_tokens: str | None = None,
+    eval_samples: int = 32,
+    samples: int = SAMPLES,
+    scope: str = "uniform",
+    minimum: int = 1,
+    layers: str | None = None,
+    exclude_layers: str | None = None,
+    protect: Sequence[str] = (),
+    out: str | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+    **text: Any,
+) -> comparison.Comparison:
+    """Methods under budgets, side by side, in two sweeps over the weights; no checkpoint is written.
+
+    Parameters
+    ----------
+    data : calibration text. eval_data : text to evaluate on; by default held-out samples of `data`.
+    methods : names, with parameters as in "dern:alpha=0.3,selector=reap".
+    keep, keep_experts : budgets: shares of the experts, or numbers per layer.
+    samples, eval_samples : sequences per domain to calibrate and to evaluate on.
+    out : folder for comparison.json, comparison.html and a plan of every contender, ready for `compress(plan=...)`.
+
+    Keywords beyond these are `calibration`'s (length, tokenizer, ...) and hold for both texts.
+    """
+    runtime = runtime or Runtime()
+    wanted: list[dict[str, Any]] = [{"keep": share} for share in keep] + [{"keep_experts": n} for n in keep_experts]
+    if not wanted:
+        raise UsageError("say how much may stay", "For example --keep 0.75,0.5,0.25.")
+    names = [methods] if isinstance(methods, str) else list(methods)
+    entries = list(dict.fromkeys(name.strip() for name in names if name.strip()))
+    if not entries:
+        raise UsageError("no method is named", "Name some with --methods, e.g. reap,dern; see `coterie methods`.")
+    parsed = [comparison.Entry.parse(name) for name in entries]
+    if out is not None:
+        check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
+    separate = bool(eval_data) or eval_tokens is not None
+    tokens = text.pop("tokens", None)
+    more = 0 if separate else eval_samples
+    given = calibration(model, data, tokens=tokens, samples=samples + more, seed=seed, runtime=runtime, **text)
+    if given is None:
+        raise UsageError("comparing needs text", "Name some with --data.")
+    if separate:
+        other = calibration(
+            model, eval_data, tokens=eval_tokens, samples=eval_samples, seed=seed, runtime=runtime, **text
+        )
+        assert other is not None
+        first, second = given, other
+    else:
+        first, second = held_out(given, given.samples // 2 if tokens is not None else samples)
+    streamed = runtime.open(model)
+    for found in (first, second):
+        check_ids(found, vocabulary_of(streamed))
+    options: dict[str, Any] = {"scope": scope, "minimum": minimum, "layers": layers, "exclude_layers": exclude_layers}
+    budgets = [budget_of(streamed, protect=protect, **options, **budget) for budget in wanted]
+    memory = parse_size(runtime.memory, least=0)
+    result = comparison.compare(
+        streamed, model, parsed, budgets, first, second, memory=memory, seed=seed, progress=progress
+    )
+    if out is not None:
+        comparison.save(result, Path(out), overwrite=overwrite)
+    return result
+
+
+def export(
+    model: str,
+    out: str,
+    data: Sequence[str] = (),
+    *,
+    samples: int = 64,
+    seed: int = 0,
+    overwrite: bool = False,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+    **text: Any,
+) -> padding.Padded:
+    """A uniform copy of a checkpoint whose layers differ, for software that knows one expert count.
+
+    `data` is needed where routers have no bias, see `coterie.compression.padding`. Keywords beyond these are
+    `calibration`'s.
+    """
+    runtime = runtime or Runtime()
+    check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
+    found = calibration(model, data, samples=samples, seed=seed, runtime=runtime, **text)
+    streamed = runtime.open(model)
+    if found is not None:
+        check_ids(found, vocabulary_of(streamed))
+    memory = parse_size(runtime.memory, least=0)
+    return padding.pad(
+        streamed, Path(out), model=model, data=found, overwrite=overwrite, memory=memory, progress=progress
+    )

@@ -1,0 +1,288 @@
+"""Use a model: measure it, load it, skip its weak experts, train it a little."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from coterie.anatomy import moe_layers
+from coterie.compression.selector import parse_protect
+from coterie.decoding.skipping import Skipped, betas, check_fit, skip
+from coterie.errors import UsageError
+from coterie.evaluation.compare import ModelResult, evaluate_models
+from coterie.profiling.profile import Profile
+from coterie.streaming.checkpoint import resolve
+from coterie.streaming.config import choose_compute_dtype
+from coterie.streaming.lockstep import Progress
+from coterie.streaming.writer import check_place, parse_size
+from coterie.text import check_ids, held_out, load_tokenizer
+
+if TYPE_CHECKING:
+    from coterie.evaluation.harness import TaskScores
+    from coterie.training.finetune import FineTuned
+from coterie.api.runtime import Runtime, calibration, check_device, vocabulary_of
+
+
+def evaluate(
+    models: Sequence[str],
+    data: Sequence[str] = (),
+    *,
+    samples: int = 64,
+    skip_profile: str | Profile | None = None,
+    skip_quantile: float = 0.5,
+    seed: int = 0,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+    **text: Any,
+) -> list[ModelResult]:
+    """Loss and perplexity of every model on text and, for all but the first, KL to and agreement with the first.
+
+    skip_profile : a profile of the first model that holds `GateRatio`; that model is then measured a second time, with
+        its weak experts skipped at run time (see `skipping`), and what was skipped is told in its name.
+    Keywords beyond these are `calibration`'s: length, tokens, ...
+    """
+    runtime = runtime or Runtime()
+    names = [models] if isinstance(models, str) else list(models)
+    found = calibration(names[0], data, samples=samples, seed=seed, runtime=runtime, **text)
+    if found is None:
+        raise UsageError("evaluation needs text", "Name some with --data.")
+    opened = [(name, runtime.open(name)) for name in names]
+    for _, streamed in opened:
+        check_ids(found, vocabulary_of(streamed))
+    sizes = {m.config.get_text_config(decoder=True).vocab_size for _, m in opened}
+    if len(sizes) > 1:
+        raise UsageError(f"these models have different vocabularies ({sorted(sizes)}) and cannot be compared")
+    memory = parse_size(runtime.memory, least=0)
+    with ExitStack() as stack:
+        skipped = None
+        if skip_profile is not None:
+            seen = skip_profile if isinstance(skip_profile, Profile) else Profile.load(Path(skip_profile))
+            again = runtime.open(names[0])
+            check_fit(seen, again.moe.values())
+            skipped = stack.enter_context(skip(again.moe.values(), betas(seen, skip_quantile)))
+            opened.append((f"{names[0]} skipping", again))
+        results = evaluate_models(opened, found, memory=memory, progress=progress, seed=seed)
+    if skipped is not None:
+        results[-1].model += f" ({skipped.active:.2f} experts per token)"
+    return results
+
+
+def score_tasks(
+    models: Sequence[str],
+    tasks: Sequence[str],
+    *,
+    include_path: Sequence[str] = (),
+    how: str = "auto",
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    apply_chat_template: bool = False,
+    seed: int = 0,
+    batch_size: int | None = None,
+    tokenizer: str | None = None,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+) -> list[TaskScores]:
+    """Score models on tasks of the lm-evaluation-harness, all of them in one sweep over each checkpoint.
+
+    Parameters
+    ----------
+    tasks : names of tasks, groups or tags, or task files. include_path : folders with task files of your own.
+    how : "streamed"; "resident", the whole model in memory by plain transformers (any causal model, computing in the
+        same dtype); or "auto": streamed, so that a result never depends on how much memory happens to be free, unless a
+        task makes the model write text. These are resident, if the weights fit into 80% of the free memory.
+    num_fewshot, limit, apply_chat_template, seed : see `harness.run_tasks`.
+    batch_size : inputs per batch; None: about 8192 tokens' worth streamed, 8 resident.
+
+    Needs `pip install 'coterie[eval]'`. Raises a `CoterieError` for whatever the request, a task or a model has wrong.
+    """
+    try:
+        from coterie.evaluation import harness
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "lm_eval":
+            raise
+        raise UsageError("--tasks needs the lm-evaluation-harness", "pip install 'coterie[eval]'") from error
+    if how not in ("auto", "streamed", "resident"):
+        raise UsageError(f"no way {how!r} to score tasks", "Use auto, streamed or resident.")
+    runtime = runtime or Runtime()
+    runtime.ready()
+    names = [models] if isinstance(models, str) else list(models)
+    folders = [resolve(name, offline=runtime.offline) for name in names]
+    opened = {name: runtime.open(name) for name in names} if how != "resident" else {}
+    texts = [resolve(tokenizer, offline=runtime.offline)] * len(names) if tokenizer else folders
+    tokenizers = [load_tokenizer(folder, trust_remote_code=runtime.trust_remote_code) for folder in texts]
+    own = [include_path] if isinstance(include_path, str) else list(include_path)
+    found = harness.find_tasks([tasks] if isinstance(tasks, str) else list(tasks), own, progress)
+    writing = harness.generating(found)
+    if how == "streamed" and writing:
+        raise harness.cannot_generate(writing)
+    if how == "auto" and writing:
+        for streamed in opened.values():
+            harness.check_memory(found, streamed)
+    results: list[TaskScores] = []
+    for name, folder, words in zip(names, folders, tokenizers, strict=True):
+        lm: harness.StreamedLM | harness.ResidentLM
+        if how == "resident" or writing:
+            as_stored = runtime.compute_dtype == "auto" and not runtime.device.startswith("cpu")
+            width = choose_compute_dtype(runtime.compute_dtype, runtime.device, torch.float32)
+            dtype: Any = "auto" if as_stored else width
+            with harness.quiet():
+                model, _ = load(str(folder), dtype=dtype, trust_remote_code=runtime.trust_remote_code)
+            lm = harness.ResidentLM(model.to(runtime.device), words, batch_size=batch_size, progress=progress)
+        else:
+            lm = harness.StreamedLM(
+                opened[name],
+                words,
+                tasks=list(found["tasks"].values()),
+                batch_size=batch_size,
+                memory=parse_size(runtime.memory, least=0),
+                progress=progress,
+            )
+        results.append(
+            harness.run_tasks(
+                name,
+                lm,
+                found,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                apply_chat_template=apply_chat_template,
+                seed=seed,
+            )
+        )
+        if len(results) > 1:
+            results[-1].compare(results[0])
+    return results
+
+
+def load(
+    path: str,
+    *,
+    dtype: str = "auto",
+    pattern: Any = None,
+    task: str | Sequence[str] | None = None,
+    query: Any = None,
+    keep: float | None = None,
+    keep_experts: int | None = None,
+    threshold: float | None = None,
+    groups: bool = True,
+    device: str = "cpu",
+    experts_implementation: str | None = None,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """A model and its tokenizer, whole in memory, by plain transformers. Options go to `from_pretrained`.
+
+    With `pattern`, only the experts that a task needs are read and held (PreMoe, arXiv:2505.17639).
+
+    Parameters
+    ----------
+    pattern : a pattern store (folder or object), a plan (file or object), or an order {layer: experts, best first}.
+    task : a task of the store; several, as "math+code" or a list, have equal say. query : a text instead, whose nearest
+        task is taken; where none is within `threshold`, all tasks with equal say.
+    keep, keep_experts : share or number of experts of each layer.
+    groups : False switches group-limited routing off, as the paper does, so that any experts may stay.
+    """
+    folder = resolve(path)
+    chosen = {"task": task, "query": query, "keep": keep, "keep_experts": keep_experts, "threshold": threshold}
+    if pattern is None:
+        if given := [name for name, value in chosen.items() if value is not None]:
+            raise UsageError(f"{given[0]} says which experts to load, but there is no pattern", "Give pattern=STORE.")
+        from transformers import AutoModelForCausalLM
+
+        more = {"experts_implementation": experts_implementation} if experts_implementation else {}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more, **options).eval()
+        return (model if device == "cpu" else model.to(device)), load_tokenizer(folder)
+    if options:
+        raise UsageError(f"load with a pattern has no option {min(options)!r}")
+    from coterie.patterns.loading import load_pattern
+
+    check_device(device)
+    tokenizer = load_tokenizer(folder)
+    how = {"groups": groups, "dtype": str(dtype), "device": device, "experts": experts_implementation}
+    return load_pattern(folder, pattern, tokenizer, **chosen, **how), tokenizer  # type: ignore[arg-type]
+
+
+@contextmanager
+def skipping(
+    model: Any,
+    profile: str | Profile,
+    *,
+    quantile: float = 0.5,
+    renormalise: bool = True,
+    protect: Sequence[str] = (),
+) -> Iterator[Skipped]:
+    """Skip a token's weak experts while a model in memory runs (NAEE, arXiv:2402.14800); gives the counts.
+
+    profile : holds `GateRatio` of this very model. quantile, renormalise : see `coterie.decoding.skipping`.
+    protect : experts that are never skipped, as "layer:expert".
+    """
+    loaded = profile if isinstance(profile, Profile) else Profile.load(Path(profile))
+    check_fit(loaded, moe_layers(model))
+    held = parse_protect([protect] if isinstance(protect, str) else list(protect))
+    with skip(model, betas(loaded, quantile), renormalise=renormalise, protect=held) as done:
+        yield done
+
+
+def finetune(
+    model: str,
+    out: str,
+    data: Sequence[str] = (),
+    *,
+    router_steps: int = 100,
+    router_rate: float = 1e-3,
+    steps: int = 500,
+    rate: float = 5e-5,
+    batch_size: int = 8,
+    balance: float = 0.01,
+    samples: int = 1024,
+    held_out_samples: int = 16,
+    length: int = 256,
+    tokens: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+    **text: Any,
+) -> FineTuned:
+    """Train a checkpoint in two phases, routers alone and then everything, see `coterie.training.finetune`.
+
+    `held_out_samples` sequences of each domain are kept out of training; with `tokens`, a quarter of the rows.
+    Keywords beyond these are `calibration`'s.
+    """
+    from coterie.training.finetune import Schedule
+    from coterie.training.finetune import finetune as run_finetune
+
+    runtime = runtime or Runtime()
+    runtime.ready()
+    check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
+    more = samples + held_out_samples
+    given = calibration(model, data, tokens=tokens, samples=more, length=length, seed=seed, runtime=runtime, **text)
+    if given is None:
+        raise UsageError("fine-tuning needs text", "Name some with --data.")
+    least = min(given.samples // len(given.domains), more)
+    test, train = held_out(given, min(held_out_samples, max(1, least // 4)))
+    bar, told = progress or Progress(), {"phase": ""}
+
+    def log(phase: str, step: int, total: int, loss: float) -> None:
+        if phase != told["phase"]:
+            told["phase"] = phase
+            bar.start("steps", total)
+        bar.layer(step - 1)
+
+    schedule = Schedule(router_steps, router_rate, steps, rate, batch_size, balance)
+    try:
+        return run_finetune(
+            resolve(model, offline=runtime.offline),
+            Path(out),
+            train,
+            held_out=test,
+            schedule=schedule,
+            device=runtime.device,
+            seed=seed,
+            overwrite=overwrite,
+            on_log=log,
+        )
+    finally:
+        bar.done()
