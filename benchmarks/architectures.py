@@ -126,10 +126,11 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
         }
     },
     "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "num_experts_per_tok": 2},
         "vision_config": {
             "sam_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64},
             "encoder_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64},
-        }
+        },
     },
     "dots3_note": {
         "vision_config": {"num_hidden_layers": 42, "adapter_in_dim": 32, "adapter_out_dim": 64},

@@ -30,8 +30,9 @@ SHARES = (0.875, 0.75, 0.625, 0.5)
 RULE = (
     "differences are paired by seed; reproduced if STUN (three quarters of the experts stay, then OWL) loses less than"
     " the better of OWL alone and Wanda alone by more than two standard errors over seeds, and less than experts"
-    " removed alone, and the best of the tried shares is neither none of the experts nor experts alone; not reproduced if it"
-    " loses more than the better of OWL alone and Wanda alone by more than two standard errors; inconclusive otherwise"
+    " removed alone, and the best of the tried shares is neither none of the experts nor experts alone; not reproduced"
+    " if it loses more than the better of OWL alone and Wanda alone by more than two standard errors; inconclusive"
+    " otherwise"
 )
 
 
