@@ -200,7 +200,10 @@ def test_every_layer_ends_with_the_same_number_and_the_router_it_was_asked_for(f
             torch.testing.assert_close(mine, expected, atol=2e-3, rtol=1e-2)
         else:
             assert 0.01 < mine.std() < 0.03
-            assert abs(float(torch.corrcoef(torch.stack([mine.flatten(), before[plan.keep].flatten()]))[0, 1])) < 0.3
+            assert (
+                abs(float(torch.corrcoef(torch.stack([mine.flatten(), before[plan.keep].flatten()]).detach())[0, 1]))
+                < 0.3
+            )
             for name, bias in [*layer.router.named_parameters(), *layer.router.named_buffers()]:
                 if bias.numel() == layer.num_experts:
                     assert not bias.any(), name
