@@ -17,9 +17,10 @@ No token passes for `source=router`; one sweep counts co-selections for the othe
 Differs from the authors' code: t is found by a search in the sorted distances of all layers instead of stepping a
 real number, which ends at the same experts where theirs ends at the target, and meets the target also where one value
 of t joins several clusters at once (the last layer then stops at the count). Their count need not fall as t grows (10
-of 100 small random layers have such a rise); then several t meet the target and the two searches may end at different ones. Pairs are those
-of all k selected experts, not of the first two. Every layer keeps what its router needs; of routers with groups,
-clusters stay inside a group and each group joins as often as the one that joins least. Protected experts stay alone.
+of 100 small random layers have such a rise); then several t meet the target and the two searches may end at different
+ones. Pairs are those of all k selected experts, not of the first two. Every layer keeps what its router needs; of
+routers with groups, clusters stay inside a group and each group joins as often as the one that joins least. Protected
+experts stay alone.
 """
 
 # E experts, C clusters, P pairs of experts
