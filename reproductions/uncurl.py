@@ -7,7 +7,7 @@ against the unpruned model grows with the factor. Published (SuperGLUE, 354M bac
 Here: a small trained MoE, one domain as the task, everything fine-tuned equally long on it (routers first, then all),
 held-out loss of that domain. Controls: greedy pruning by frequency with the same fine-tuning, UNCURL calibrated on
 another domain, the unpruned model fine-tuned alike, and UNCURL with mean router rows before any tuning. The paper
-routes each token to one expert and trains for 50 epochs; here it is as many as the model uses, and a few hundred steps.
+routes each token to one expert and trains for 50 epochs; here it is as many as the model uses, and a few dozen steps.
 At which factor a model trained from scratch would be better is not asked: it needs a pretraining for each size.
 
     python reproductions/uncurl.py

@@ -35,7 +35,7 @@ from coterie.errors import CheckpointError, ModelError, UsageError
 from coterie.patterns.retrieval import Match, match, nearest, text_key
 from coterie.patterns.store import PatternStore
 from coterie.streaming.checkpoint import DTYPES, Checkpoint, TensorInfo
-from coterie.streaming.model import StreamedModel, all_finite
+from coterie.streaming.model import StreamedModel, all_finite, put_tensor
 from coterie.text import Document, TokenData, check_ids, from_text
 
 Order = Mapping[int, Sequence[int]]  # {decoder layer: experts, best first}
@@ -362,7 +362,7 @@ def _read_expert(state: Pattern, where: ExpertFiles, expert: int, out: Tensor) -
 def _read_whole(state: Pattern, layer: MoELayer, param: str, keep: Sequence[int]) -> Tensor:
     """Experts `keep` of a parameter that is stored in a way of its own; all of it passes through memory."""
     source = state.source
-    source._load(source.keys_of([param]))
+    source.load_keys(source.keys_of([param]))
     value = source.model.get_parameter_or_buffer(param).detach()
     result: Tensor = value.index_select(0, torch.tensor(list(keep), device=value.device))
     source.free_layer(layer.index)
@@ -373,11 +373,11 @@ def _assemble(streamed: StreamedModel, layers: Mapping[int, MoELayer], state: Pa
     """Load everything but the experts, slice, and fill in the selected experts."""
     model = streamed.model
     experts = {param for layer in streamed.moe.values() for param in expert_params(layer)}
-    streamed._load([k for k, param in streamed.params.items() if param is not None and param not in experts])
-    streamed._materialise_buffers(model)
-    for name, tensor in streamed._build().state_dict().items():  # some modules ask for a dtype of their own
+    streamed.load_keys([k for k, param in streamed.params.items() if param is not None and param not in experts])
+    streamed.materialise_buffers(model)
+    for name, tensor in streamed.build().state_dict().items():  # some modules ask for a dtype of their own
         if tensor.dtype != streamed.compute_dtype and tensor.is_floating_point() and name not in experts:
-            _set(model, name, model.get_parameter_or_buffer(name).detach().to(tensor.dtype))
+            put_tensor(model, name, model.get_parameter_or_buffer(name).detach().to(tensor.dtype))
     for index, layer in layers.items():
         E, dtype = layer.num_experts, streamed.compute_dtype
         state.routers[index] = {
@@ -390,7 +390,7 @@ def _assemble(streamed: StreamedModel, layers: Mapping[int, MoELayer], state: Pa
             template = model.get_parameter_or_buffer(param)
             value = torch.empty(template.shape, dtype=dtype, device=streamed.device)
             _fill(value, state, layer, param, state.keep[index], {})
-            _set(model, param, value)
+            put_tensor(model, param, value)
         _recount(model, E, len(state.keep[index]))
     model.tie_weights()
     missing = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
@@ -444,15 +444,6 @@ def _tensor(layer: MoELayer, path: str) -> Tensor:
 def _owner(layer: MoELayer, path: str) -> tuple[nn.Module, str]:
     owner_path, _, name = path[len(layer.name) + 1 :].rpartition(".")
     return layer.block.get_submodule(owner_path), name
-
-
-def _set(model: nn.Module, path: str, value: Tensor) -> None:
-    owner_path, _, name = path.rpartition(".")
-    owner = model.get_submodule(owner_path)
-    if name in owner._parameters:
-        owner._parameters[name] = nn.Parameter(value, requires_grad=False)
-    else:
-        owner._buffers[name] = value
 
 
 def _recount(model: PreTrainedModel, before: int, after: int) -> None:

@@ -80,7 +80,7 @@ class StreamedModel:
         stored = max(checkpoint.tensors.values(), key=lambda info: info.nbytes, default=None)
         stored_dtype = DTYPES[stored.dtype] if stored else torch.float32
         self.compute_dtype = choose_compute_dtype(compute_dtype, device, stored_dtype)
-        self.model = self._build()
+        self.model = self.build()
         self.prefix, self.layers = decoder_layers(self.model)
         self.mapping = get_model_conversion_mapping(self.model)
         self._dtype_plan = self.model._get_dtype_plan(self.compute_dtype)
@@ -111,7 +111,8 @@ class StreamedModel:
 
     # -- building and checking ------------------------------------------------------------------------------------
 
-    def _build(self) -> PreTrainedModel:
+    def build(self) -> PreTrainedModel:
+        """The model on the meta device, layers cut to the sizes its config names."""
         config = self.config
         if hasattr(config.get_text_config(decoder=True), "output_router_logits"):
             config.get_text_config(decoder=True).output_router_logits = False
@@ -142,7 +143,7 @@ class StreamedModel:
         for key, matched in params.items():  # on meta, every parameter takes the dtype it is stored in
             if matched is not None:
                 self._stored_dtype[matched] = DTYPES[self.checkpoint.tensors[key].dtype]
-                _put(self.model, matched, state[matched].to(self._stored_dtype[matched]))
+                put_tensor(self.model, matched, state[matched].to(self._stored_dtype[matched]))
         return params
 
     def _check_by_dry_conversion(self) -> None:
@@ -179,8 +180,8 @@ class StreamedModel:
     def load_outer(self) -> None:
         """Load what surrounds the decoder layers on the text path: embeddings, final norm, rotary tables; no head."""
         decoder = self.prefix.rpartition(".")[0]
-        self._load([k for k in self.outer_keys if not decoder or str(self.params[k]).startswith(f"{decoder}.")])
-        self._materialise_buffers(self.model, skip=self.layers)
+        self.load_keys([k for k in self.outer_keys if not decoder or str(self.params[k]).startswith(f"{decoder}.")])
+        self.materialise_buffers(self.model, skip=self.layers)
 
     def load_head(self) -> None:
         """Load the language-model head, or the embeddings it is tied to."""
@@ -189,7 +190,7 @@ class StreamedModel:
         wanted = self.keys_of(f"{names[id(head)]}.{n}" for n, _ in head.named_parameters())
         if not wanted:  # tied: the checkpoint holds it once, as embeddings
             wanted = self.keys_of(f"{names[id(embeddings)]}.{n}" for n, _ in embeddings.named_parameters())
-        self._load(wanted)
+        self.load_keys(wanted)
         self.model.tie_weights()
 
     def free_embeddings(self) -> None:
@@ -206,9 +207,9 @@ class StreamedModel:
     def load_layer(self, index: int) -> nn.Module:
         """Bring decoder layer `index` into memory. Raises CheckpointError on unreadable or NaN weights."""
         self._stop_prefetch()
-        self._load(self.layer_keys[index])
+        self.load_keys(self.layer_keys[index])
         layer = self.layers[index]
-        self._materialise_buffers(layer)
+        self.materialise_buffers(layer)
         return layer
 
     def load_moe(self, index: int, *, experts: bool = True) -> None:
@@ -216,7 +217,7 @@ class StreamedModel:
         moe = self.moe[index]
         names = [str(self.params[k]) for k in self.layer_keys[index]]
         wanted = [n.startswith(f"{moe.name}.") and (experts or not n.startswith(f"{moe.experts_name}.")) for n in names]
-        self._load([key for key, want in zip(self.layer_keys[index], wanted, strict=True) if want])
+        self.load_keys([key for key, want in zip(self.layer_keys[index], wanted, strict=True) if want])
 
     def free_layer(self, index: int) -> None:
         """Put layer `index` back on meta, in the dtypes it is stored in. An edited layer keeps its edited shapes."""
@@ -225,7 +226,7 @@ class StreamedModel:
         for param in {str(self.params[key]) for key in self.layer_keys[index]}:
             tensor = self.model.get_parameter_or_buffer(param).detach()
             if tensor.dtype != self._stored_dtype[param]:
-                _put(self.model, param, tensor.to(self._stored_dtype[param]))
+                put_tensor(self.model, param, tensor.to(self._stored_dtype[param]))
         self.checkpoint.release(self.layer_keys[index])
 
     def forget_buffers(self) -> None:
@@ -267,7 +268,8 @@ class StreamedModel:
         if self._errors:
             raise self._errors[0]
 
-    def _load(self, keys: list[str]) -> None:
+    def load_keys(self, keys: list[str]) -> None:
+        """Bring these tensors of the checkpoint into memory. Raises CheckpointError on unreadable or NaN weights."""
         self._errors.clear()
         named = {str(self.params[key]) for key in keys}
         straight = [param for param in sorted(named) if param in self.fused]
@@ -352,7 +354,7 @@ class StreamedModel:
             except CoterieError as error:
                 self._errors.append(error)
 
-    def _materialise_buffers(self, root: nn.Module, skip: nn.Module | None = None) -> None:
+    def materialise_buffers(self, root: nn.Module, skip: nn.Module | None = None) -> None:
         """Rebuild buffers that no checkpoint holds (rotary tables and the like) the way from_pretrained does."""
         skipped = set(skip.modules()) if skip is not None else set()
         owners = {id(m): m for m in self.model.modules() if isinstance(m, PreTrainedModel)}
@@ -427,7 +429,8 @@ def _on_meta(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.is_meta
 
 
-def _put(model: nn.Module, path: str, tensor: Tensor) -> None:
+def put_tensor(model: nn.Module, path: str, tensor: Tensor) -> None:
+    """Give a model another tensor under the name of one of its parameters or buffers."""
     owner_path, _, name = path.rpartition(".")
     owner = model.get_submodule(owner_path)
     if name in owner._parameters:
