@@ -838,6 +838,7 @@ def pausing(arguments: tuple[str, ...], at: str, outcome: str) -> None:
         Path(at).touch()
         time.sleep(600)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run in the background, where it is ignored
     Workspace.record = record_and_wait  # type: ignore[method-assign]
     result = cli(*arguments)
     Path(outcome).write_text(result.err)
