@@ -28,17 +28,20 @@ import yaml
 from coterie.analysis.frontier import render_comparison
 from coterie.analysis.page import write_page
 from coterie.anatomy import MoELayer, narrowed, slice_names
-from coterie.compression.apply import router_rows
+from coterie.anatomy.forms import put_back_dense
+from coterie.compression.apply import replaced, router_rows
 from coterie.compression.methods import Method, get_method
 from coterie.compression.plan import LayerPlan, Plan
-from coterie.compression.planning import make_plan, plan_method
-from coterie.compression.selector import Budget, counts_for
-from coterie.compression.sizes import Size, measure, without
+from coterie.compression.planning import known_counts, make_plan, plan_method
+from coterie.compression.rewrite import layout
+from coterie.compression.selector import Budget
+from coterie.compression.sizes import Size, measure, measure_written
 from coterie.compression.sparsifying.base import Sparsifier
 from coterie.errors import CoterieError, UsageError
 from coterie.evaluation.bootstrap import stratified
 from coterie.evaluation.compare import ModelResult
 from coterie.evaluation.variants import RunLosses
+from coterie.experts.forward import rerouted
 from coterie.profiling.observe import unique
 from coterie.profiling.observers import Observer
 from coterie.profiling.profile import Profile
@@ -215,14 +218,11 @@ def _observers(
     """The statistics of all methods under all budgets, each once."""
     wanted: list[type[Observer]] = []
     for budget in budgets:
-        counts = None
-        if budget.scope == "uniform":
-            try:
-                counts = counts_for(budget, streamed.moe, size.bytes_of_expert, size.other_bytes)
-            except UsageError:
-                continue  # said again, for each method, when it is planned
         for chosen in methods:
-            wanted += chosen.observes_for(counts)
+            try:
+                wanted += chosen.observes_for(known_counts(streamed, chosen, budget, size))
+            except UsageError:
+                continue  # said again when it is planned
     return list(unique(wanted))
 
 
@@ -238,15 +238,17 @@ def _planned(
     told = _told(budget)
     base = Contender(f"{entry.label} {told}", entry.name, entry.parameters, told)
     try:
+        if chosen.sees_twice:
+            raise UsageError("with these parameters it looks at the text again while it writes")
         plan = make_plan(streamed, model, entry.name, chosen, budget, profile)
         for layer in plan.layers:
             if reason := chosen.plain_checkpoint(layer):
                 raise UsageError(reason)
     except CoterieError as error:
         return replace(base, refused=error.message)
-    removed = sum(layer.experts - len(layer.keep) for layer in plan.layers)
-    most = max(len(layer.keep) for layer in plan.layers)
-    return replace(base, plan=plan, size=without(streamed, size, removed, most))
+    counts = {layer.index: len(layer.keep) for layer in plan.layers}
+    written = measure_written(streamed, *layout(streamed, *replaced(streamed, counts, chosen)), counts)
+    return replace(base, plan=plan, size=written)
 
 
 def _told(budget: Budget) -> str:
@@ -310,11 +312,21 @@ def _router_names(streamed: StreamedModel, moe: MoELayer) -> list[str]:
 def _as(moe: MoELayer, method: Method, plan: LayerPlan, stored: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Let a layer be, for a while, what a plan makes of it."""
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
-    if method.rebuilds:
+    if method.rebuilds or method.ranks(moe):
         saved = [(p.data, p.detach().clone()) for p in moe.experts.parameters(recurse=False)]
         method.rebuild(moe.bank, plan)
+        factors = method.factor(moe.bank, plan)
+        if factors is not None:
+            put_back_dense(moe.bank, plan.keep, factors)
     try:
-        with narrowed(moe, plan.keep, router_rows(method, moe, stored, plan) or None):
+        with ExitStack() as stack:
+            target = method.expert_map(plan)
+            if target is None:
+                stack.enter_context(narrowed(moe, plan.keep, router_rows(method, moe, stored, plan) or None))
+            else:
+                stand_in = [plan.keep[position] for position in target] + [moe.num_experts]
+                table = torch.tensor(stand_in, device=moe.router_device)
+                stack.enter_context(rerouted(moe.experts, lambda i, w: (table[i.clamp(max=len(target))], w)))
             yield
     finally:
         for tensor, before in saved:

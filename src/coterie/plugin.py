@@ -77,7 +77,7 @@ def register() -> None:
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             from coterie.anatomy.uneven import rebuild
 
-            rebuild(model)
+            rebuild(model, self.quantization_config.to_dict())
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             model.is_quantized = False  # its weights are ordinary numbers: they may be cast and trained

@@ -12,9 +12,14 @@ It does not know which experts matter, what a router is, or where the weights ca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from coterie.errors import ModelError
+from coterie.experts.factored import is_factored
+from coterie.experts.forward import stored_experts
 
 
 @dataclass
@@ -38,7 +43,7 @@ def is_experts_module(module: nn.Module) -> bool:
     """True for a module that follows the fused-experts contract (3-D weights and the flags that describe them)."""
     flags = all(hasattr(module, flag) for flag in ("is_transposed", "is_concatenated", "has_bias", "has_gate"))
     down = getattr(module, "down_proj", None)
-    return flags and isinstance(down, Tensor) and down.dim() == 3
+    return flags and (is_factored(module) or (isinstance(down, Tensor) and down.dim() == 3))
 
 
 class ExpertBank:
@@ -55,7 +60,12 @@ class ExpertBank:
 
     @property
     def num_experts(self) -> int:
-        return self._tensor("down_proj").shape[0]
+        return stored_experts(self.module)
+
+    @property
+    def factored(self) -> bool:
+        """Are its experts kept as low-rank factors? They can be read, but not written in place."""
+        return is_factored(self.module)
 
     @property
     def has_gate(self) -> bool:
@@ -67,10 +77,14 @@ class ExpertBank:
 
     @property
     def hidden_size(self) -> int:
+        if self.factored:
+            return int(self._tensor("factor_down_a").shape[1])
         return int(self._tensor("down_proj").shape[2 if self.module.is_transposed else 1])
 
     @property
     def intermediate_size(self) -> int:
+        if self.factored:
+            return int(self._tensor("factor_down_b").shape[2])
         return int(self._tensor("down_proj").shape[1 if self.module.is_transposed else 2])
 
     @property
@@ -80,11 +94,18 @@ class ExpertBank:
         return sum(p.numel() // E for p in self.module.parameters(recurse=False) if p.dim() and p.shape[0] == E)
 
     def read(self, expert: int, dtype: torch.dtype | None = None) -> ExpertWeights:
-        """Expert `expert` in canonical orientation: views of the stored tensors, or copies if `dtype` differs."""
+        """Expert `expert` in canonical orientation: views of the stored tensors, or copies if `dtype` differs or
+        they are stored as factors."""
         up_name = "gate_up_proj" if self.has_gate else "up_proj"
-        first = self._oriented(up_name, expert)  # [P, H] or [I, H]
-        down_HI = self._oriented("down_proj", expert)
-        gate_IH, up_IH = self._split(first) if self.has_gate else (None, first)
+        gate_IH: Tensor | None
+        if self.factored:
+            module: Any = self.module
+            up_IH, down_HI = module.dense("up", expert), module.dense("down", expert)
+            gate_IH = module.dense("gate", expert) if self.has_gate else None
+        else:
+            first = self._oriented(up_name, expert)  # [P, H] or [I, H]
+            down_HI = self._oriented("down_proj", expert)
+            gate_IH, up_IH = self._split(first) if self.has_gate else (None, first)
         gate_bias_I = up_bias_I = down_bias_H = None
         if self.has_bias:
             bias = self._tensor(f"{up_name}_bias")[expert]
@@ -95,7 +116,9 @@ class ExpertBank:
 
     @torch.no_grad()
     def write(self, expert: int, weights: ExpertWeights) -> None:
-        """Store `weights` as expert `expert`, cast to the stored dtype."""
+        """Store `weights` as expert `expert`, cast to the stored dtype. Raises ModelError for factored experts."""
+        if self.factored:
+            raise ModelError("the experts are stored as low-rank factors and cannot be edited as matrices")
         target = self.read(expert)
         for name in ("up_IH", "down_HI", "gate_IH", "up_bias_I", "gate_bias_I", "down_bias_H"):
             view, value = getattr(target, name), getattr(weights, name)

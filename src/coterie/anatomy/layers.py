@@ -17,6 +17,7 @@ from torch import nn
 from coterie.anatomy.architectures import quirks_of
 from coterie.anatomy.experts import ExpertBank, is_experts_module
 from coterie.errors import ModelError
+from coterie.experts.mapped import expert_map
 
 
 @dataclass
@@ -53,6 +54,12 @@ class MoELayer:
     @property
     def num_experts(self) -> int:
         return self.bank.num_experts
+
+    @property
+    def router_size(self) -> int:
+        """Experts the router names: more than there are where several of its outputs share one (an expert map)."""
+        target = expert_map(self.experts)
+        return self.num_experts if target is None else len(target)
 
     @property
     def router_device(self) -> torch.device:
@@ -111,7 +118,8 @@ def _experts_of(prefix: str, layers: nn.ModuleList) -> list[tuple[int, str]]:
 def _moe_layer(model: nn.Module, prefix: str, index: int, experts_name: str) -> MoELayer:
     block_name = experts_name.rpartition(".")[0]
     block, experts = model.get_submodule(block_name), model.get_submodule(experts_name)
-    E = ExpertBank(experts).num_experts
+    target = expert_map(experts)
+    E = ExpertBank(experts).num_experts if target is None else len(target)
     routers, shared = {}, []
     for name, child in block.named_children():
         path = f"{block_name}.{name}"

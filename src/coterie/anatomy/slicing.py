@@ -25,6 +25,12 @@ from coterie.experts.forward import rerouted
 def check_keep(layer: MoELayer, keep: Sequence[int]) -> None:
     """Raise ModelError unless `keep` can be the experts of `layer`: valid, enough for top-k, equal in groups."""
     E, where = layer.num_experts, f"in layer {layer.index}"
+    if layer.router_size != E and list(keep) != list(range(E)):
+        raise ModelError(
+            f"cannot remove experts {where}: its router names {layer.router_size} experts, which share the {E} stored"
+            " ones",
+            "Prune before merging, or merge with --set router=reduced.",
+        )
     if sorted(set(keep)) != list(keep) or (keep and not 0 <= keep[0] <= keep[-1] < E):
         raise ModelError(
             f"the kept experts {where} must be ascending, distinct and within 0..{E - 1}, not {list(keep)}"
@@ -66,11 +72,14 @@ def minimum_keep(layer: MoELayer) -> int:
 
 
 def slice_names(layer: MoELayer) -> dict[str, int]:
-    """Tensors with one entry per expert: {name inside the model: dimension}, parameters and buffers, fused ones too."""
-    E = layer.num_experts
+    """Tensors with one entry per expert: {name inside the model: dimension}, parameters and buffers, fused ones too.
+
+    Of a router whose outputs share experts, those with one entry per output.
+    """
     found: dict[str, int] = {}
     owned = [(layer.experts_name, layer.experts, False), (layer.router_name, layer.router, True)]
     for path, module, recurse in [*owned, (layer.name, layer.block, False)]:
+        E = layer.num_experts if module is layer.experts else layer.router_size
         tensors = [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
         for name, tensor in tensors:
             if tensor.dim() and tensor.shape[0] == E:
@@ -97,6 +106,20 @@ def select(layer: MoELayer, keep: Sequence[int]) -> None:
         _replace(owner, name, tensor.index_select(dim, index.to(tensor.device)))
     for module in (layer.block, layer.experts, *layer.router.modules()):
         _recount(module, before, len(keep))
+
+
+@torch.no_grad()
+def cut_experts(layer: MoELayer, keep: Sequence[int]) -> None:
+    """Reduce only the experts of `layer` to `keep`, in place, and leave the router as it is: for an expert map."""
+    before, index = layer.num_experts, torch.tensor(list(keep))
+    if len(index) == before:
+        return
+    for path, dim in slice_names(layer).items():
+        if path.startswith(f"{layer.experts_name}."):
+            owner, name = _owner(layer, path)
+            tensor = getattr(owner, name)
+            _replace(owner, name, tensor.index_select(dim, index.to(tensor.device)))
+    _recount(layer.experts, before, len(index))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ places that transformers already knows: `per_layer_config` holds the counts (the
 
 The model is built with the largest count on the meta device, and the layers named are then cut to size. The same
 function does it for plain `from_pretrained` (see `coterie.plugin`) and for streaming. Weights are not its business.
+What else may be special about a layer's experts stands in the same header, see `forms`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from typing import Any
 from torch import nn
 
 from coterie.anatomy.architectures import COUNT_FIELDS
+from coterie.anatomy.forms import Form, apply_forms, forms_of
 from coterie.anatomy.layers import MoELayer, moe_layers
 from coterie.anatomy.slicing import select
 from coterie.errors import CheckpointError, ModelError
 
 METHOD, FORMAT = "coterie", 1
-KNOWN: frozenset[str] = frozenset()  # entries of a header this version can rebuild, beside the sizes of layers
+KNOWN = frozenset({"layers"})  # entries of a header this version can rebuild, beside the sizes of layers
 _ACCESS = "allow_global_per_layer_attribute_access"  # without it, building the model stops at the ambiguous count
 
 
@@ -85,8 +87,9 @@ def layer_counts(config: Any) -> dict[int, int]:
     return counts
 
 
-def rebuild(model: nn.Module) -> None:
-    """Cut the layers of a freshly built model (on the meta device) to the sizes its config names.
+def rebuild(model: nn.Module, header: Mapping[str, Any]) -> None:
+    """Cut the layers of a freshly built model (on the meta device) to the sizes its config names, and give their
+    experts the forms its header describes.
 
     Raises CheckpointError where sizes and model do not go together.
     """
@@ -104,6 +107,7 @@ def rebuild(model: nn.Module) -> None:
             select(layer, _any(count, layer))
         except ModelError as error:
             raise CheckpointError(f"per_layer_config does not fit the model: {error.message}", error.hint) from error
+    apply_forms(model, forms_of(header))
 
 
 def _any(count: int, layer: MoELayer) -> list[int]:
@@ -138,3 +142,12 @@ def real_name(config: Any, name: str) -> str:
     """The field a config class really has under this name; readers also know it by others."""
     aliases: Mapping[str, str] = getattr(config, "attribute_map", {})
     return aliases.get(name, name)
+
+
+def with_forms(config: dict[str, Any], forms: Mapping[int, Form], version: str) -> dict[str, Any]:
+    """A raw config whose header describes these forms; without a header where nothing is special any more."""
+    told = {str(index): entry for index, form in sorted(forms.items()) if (entry := form.describe())}
+    kept = {k: v for k, v in (config.get("quantization_config") or {}).items() if k != "layers"}
+    if not told:
+        return config
+    return {**config, "quantization_config": {**kept, **header(version), "layers": told}}

@@ -1,15 +1,14 @@
 """Carry out a plan on a streamed model: edit a layer while it is in memory, write it, forget it.
 
-The output's layout is computed on meta tensors before anything is read: which tensors change, and what they will be
-called and how large they will be. Tensors the plan does not touch are copied byte for byte as they are read, or from
-file to file if they are not; touched ones are written in the dtype they were stored in.
+Tensors the plan does not touch are copied byte for byte; touched ones are written in the dtype they were stored in.
+How files are laid out and written is the business of `rewrite`.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,22 @@ from torch import Tensor
 
 from coterie.anatomy import MoELayer, select, slice_names
 from coterie.anatomy.counts import with_expert_counts
+from coterie.anatomy.forms import Form, empty_factors, form_of, put_back_dense
 from coterie.anatomy.layers import refuse_unsliceable
+from coterie.anatomy.slicing import cut_experts
+from coterie.anatomy.uneven import with_forms
 from coterie.compression.methods import Method
 from coterie.compression.plan import LayerPlan, Plan
+from coterie.compression.rewrite import Rewrite
 from coterie.compression.sizes import spoken_experts
+from coterie.experts.mapped import redirect
+from coterie.profiling.profile import LayerProfile
 from coterie.streaming.model import StreamedModel
-from coterie.streaming.writer import ShardWriter, Spec, copy_small_files, disk_error, write_json
+from coterie.streaming.writer import copy_small_files, disk_error, write_json
 
 
-class Output:
-    """The checkpoint that is being written.
+class Output(Rewrite):
+    """The checkpoint that is being written, with other experts in its layers.
 
     Parameters
     ----------
@@ -37,155 +42,102 @@ class Output:
         Where files are written.
     counts : {layer: experts it will keep}
     method : Method
-        Its `rebuild` and `router_rows` may change weights even where every expert stays.
+        Its `rebuild`, `router_rows` and `factor` may change weights even where every expert stays.
     shard_bytes : int
 
     Equal counts make a plain checkpoint; with different ones the config says what each layer has (see
-    `anatomy.uneven`).
+    `anatomy.uneven`), and so it does of experts that share a router's outputs or are stored as factors.
     """
 
     def __init__(
         self, streamed: StreamedModel, folder: Path, counts: Mapping[int, int], method: Method, shard_bytes: int
     ) -> None:
-        self.streamed, self.folder, self.method = streamed, folder, method
-        self.counts = dict(counts)
+        self.counts, self.method = dict(counts), method
         self.before = {index: layer.num_experts for index, layer in streamed.moe.items()}
+        self.routers = {index: layer.router_size for index, layer in streamed.moe.items()}
+        self.forms = {index: form_of(layer) for index, layer in streamed.moe.items()}
+        self.ranks = {index: method.ranks(layer) for index, layer in streamed.moe.items()}
         self.removed = sum(self.before.values()) - sum(counts.values())
         if self.removed:
             refuse_unsliceable(streamed.model)
-        self.sliced = {index: slice_names(layer) for index, layer in streamed.moe.items()}
-        self.touched = self._touched()
-        self.notes: list[str] = []
-        self._replaced = {index: set(streamed.keys_of(names)) for index, names in self.touched.items()}
-        gone = set().union(*self._replaced.values())
-        self.through = [k for k in streamed.checkpoint.tensors if k not in gone and not self._orphan(k)]
-        self._through = set(self.through)
-        streamed.on_read = self._pass
-        streamed.retain = {name for names in self.touched.values() for name in names}
-        self.writer = ShardWriter(folder, self._specs(counts), shard_bytes)
-
-    def _touched(self) -> dict[int, dict[str, int | None]]:
-        """{layer: {tensor: dimension with one entry per expert, None where it keeps its shape}} of what changes."""
-        return {
-            index: dict(names) if self.counts[index] < self.before[index] else dict(self._rebuilt(index))
-            for index, names in self.sliced.items()
-        }
-
-    def _rebuilt(self, index: int) -> dict[str, int]:
-        """What a method that removes no expert touches: the experts, the router's rows, or neither."""
-        prefix = f"{self.streamed.moe[index].experts_name}."
-        method = self.method
-        return {
-            name: dim
-            for name, dim in self.sliced[index].items()
-            if (method.rebuilds if name.startswith(prefix) else method.reroutes)
-        }
-
-    def _orphan(self, key: str) -> bool:
-        """Tensors of extra prediction layers that the model ignores: with other experts they would no longer fit."""
-        if self.streamed.params[key] is not None or not self.removed:
-            return False
-        found = re.search(r"\.layers\.(\d+)\.", key)
-        extra = found is not None and int(found[1]) >= len(self.streamed.layers)
-        if extra and not self.notes:
+        self.touched, fresh = self._replaced(streamed)
+        super().__init__(streamed, folder, self.touched, fresh, shard_bytes, self._orphan(streamed))
+        if any(self._orphan(streamed)(key) for key in streamed.checkpoint.tensors):
             self.notes.append(
                 "extra prediction layers (multi-token prediction) were left out: their experts do not fit"
             )
-        return extra
 
-    def _specs(self, counts: Mapping[int, int]) -> list[Spec]:
-        """Everything that will be written, in the order of the source."""
-        streamed = self.streamed
-        fresh: dict[int, dict[str, Tensor]] = {}
-        for index, names in self.touched.items():
-            state = {}
-            for name, dim in names.items():
-                if name in streamed.fused:
-                    continue
-                meta = streamed.model.get_parameter_or_buffer(name).detach()
-                shape = list(meta.shape)
-                if dim is not None:
-                    shape[dim] = counts[index]
-                state[name] = torch.empty(shape, dtype=meta.dtype, device="meta")
-            fresh[index] = streamed.checkpoint_tensors(state) if state else {}
-            for name in names:
-                if name in streamed.fused:
-                    metas = streamed.model.get_parameter_or_buffer(name).detach()
-                    fresh[index] |= dict(streamed.fused[name].tensors(metas, range(counts[index])))
-        self._fresh_of = {key: index for index, tensors in fresh.items() for key in tensors}
-        owner = {key: index for index, keys in self._replaced.items() for key in keys}
-        specs: list[Spec] = []
-        done: set[str] = set()
-        for key, info in streamed.checkpoint.tensors.items():
-            layer = owner.get(key)
-            if key in self._through:
-                specs.append(Spec(key, info.meta().dtype, info.shape))
-            elif layer is not None and key in fresh[layer]:
-                specs.append(Spec(key, fresh[layer][key].dtype, tuple(fresh[layer][key].shape)))
-                done.add(key)
-        for tensors in fresh.values():  # names the source does not have: another layout on disk
-            specs += [Spec(k, t.dtype, tuple(t.shape)) for k, t in tensors.items() if k not in done]
-        return specs
+    @property
+    def special(self) -> bool:
+        """Are experts of the output shared or factored?"""
+        own = self.method.redirects and self.removed > 0
+        return own or any(self.ranks.values()) or any(form.describe() for form in self.forms.values())
 
-    def _pass(self, key: str, tensor: Tensor) -> None:
-        if key in self._through:
-            self.writer.write(key, tensor)
+    def _replaced(self, streamed: StreamedModel) -> tuple[dict[int, set[str]], dict[int, dict[str, Tensor]]]:
+        """Tensors that go, and what takes their place, of every layer."""
+        return replaced(streamed, self.counts, self.method)
 
-    def edit(self, plan: LayerPlan, *, in_memory: bool) -> dict[str, float]:
+    def _orphan(self, streamed: StreamedModel) -> Callable[[str], bool]:
+        """Tensors of extra prediction layers that the model ignores: with other experts they would no longer fit."""
+
+        def orphan(key: str) -> bool:
+            if streamed.params[key] is not None or not self.removed:
+                return False
+            found = re.search(r"\.layers\.(\d+)\.", key)
+            return found is not None and int(found[1]) >= len(streamed.layers)
+
+        return orphan
+
+    def edit(self, plan: LayerPlan, *, in_memory: bool, seen: LayerProfile | None = None) -> dict[str, float]:
         """Carry out `plan` on its layer, which is in memory, and write what changed. Returns the method's figures.
 
-        With `in_memory` the layer itself also loses its experts, so that it can run as it will be; without, it is only
-        written, from where it lies.
+        With `in_memory` the layer itself also becomes what it will be, so that it can run as it will; without, it is
+        only written, from where it lies. seen : what the method looked at once more (`Method.looks_again`).
         """
         layer = self.streamed.moe[plan.index]
-        figures = self.method.rebuild(layer.bank, plan) if self.method.rebuilds else {}
+        figures = self.method.rebuild(layer.bank, plan, seen) if self.method.rebuilds else {}
         stored = {name: self.streamed.retained.pop(name) for name in self.touched[plan.index]}
+        factors = self.method.factor(layer.bank, plan, seen)
         rows = router_rows(self.method, layer, stored, plan)
         state: dict[str, Tensor] = {}
-        for name, dim in self.touched[plan.index].items():
+        dims = slice_names(layer)
+        keep = torch.tensor(plan.keep)
+        for name in self.touched[plan.index]:
             if name in rows:
                 state[name] = rows[name]
-            elif dim is None or name in self.streamed.fused:
+            elif factors is not None and is_matrix(layer, name):
+                continue
+            elif name in self.streamed.fused:
                 state[name] = stored[name]
             else:
-                state[name] = stored[name].index_select(dim, torch.tensor(plan.keep, device=stored[name].device))
+                state[name] = stored[name].index_select(dims[name], keep.to(stored[name].device))
+        if factors is not None:
+            state |= {f"{layer.experts_name}.{name}": value for name, value in factors.items()}
         self.write(state, plan.keep)
         if in_memory:
-            select(layer, plan.keep)
-            for name, value in rows.items():
-                tensor = self.streamed.model.get_parameter_or_buffer(name)
-                tensor.data.copy_(value)
+            self._become(layer, plan, rows, factors)
         return figures
 
-    def write(self, state: Mapping[str, Tensor], keep: Sequence[int]) -> None:
-        """Write tensors of one layer, by model name; of fused ones the experts `keep`."""
-        others = {}
-        for name, tensor in state.items():
-            if name in self.streamed.fused:
-                for key, view in self.streamed.fused[name].tensors(tensor, keep):
-                    self.writer.write(key, view)
-            else:
-                others[name] = tensor
-        if others:
-            for key, tensor in self.streamed.checkpoint_tensors(others).items():
-                self.writer.write(key, tensor)
-
-    def mark_written(self, index: int) -> None:
-        """Layer `index` was written by an earlier run."""
-        fresh = [key for key, layer in self._fresh_of.items() if layer == index]
-        self.writer.mark([*fresh, *(k for k in self.streamed.layer_keys[index] if k in self._through)])
-
-    def copy_rest(self, keys: Iterable[str]) -> None:
-        """Copy untouched tensors that no sweep has read, one at a time, checked like all others."""
-        for key in keys:
-            if key in self._through and not self.writer.has(key):
-                self.streamed.pass_on(key)
+    def _become(
+        self, layer: MoELayer, plan: LayerPlan, rows: Mapping[str, Tensor], factors: Mapping[str, Tensor] | None
+    ) -> None:
+        """Let the layer in memory be what was written of it."""
+        if factors is not None:
+            put_back_dense(layer.bank, plan.keep, factors)
+        target = self.method.expert_map(plan)
+        if target is not None:
+            cut_experts(layer, plan.keep)
+            redirect(layer.experts, target)
+            return
+        select(layer, plan.keep)
+        for name, value in rows.items():
+            self.streamed.model.get_parameter_or_buffer(name).data.copy_(value)
 
     def finish(self, plan: Plan, record: dict[str, Any]) -> list[str]:
         """Write what is not weights: config, tokenizer, plan, record, model card. Returns the names of all files."""
         source, raw = self.streamed.checkpoint.folder, self.streamed.checkpoint.raw_config
         version = importlib.metadata.version("coterie")
-        config = with_expert_counts(raw, self.streamed.config, max(self.before.values()), self.counts, version)
+        config = self._config(plan, raw, version)
         if self.notes:
             for name in ("num_nextn_predict_layers", "num_mtp_layers"):
                 if name in config:
@@ -200,6 +152,18 @@ class Output:
         names += ["config.json", "coterie.json", "plan.json", "README.md"]
         return names + copy_small_files(source, self.folder)
 
+    def _config(self, plan: Plan, raw: dict[str, Any], version: str) -> dict[str, Any]:
+        """The config of what was written: counts where routers were cut, forms where experts are special."""
+        maps = {layer.index: self.method.expert_map(layer) for layer in plan.layers}
+        whole = {i for i, n in self.before.items() if maps[i] is not None or self.routers[i] != n}
+        routers = {i: self.routers[i] if i in whole else n for i, n in self.counts.items()}
+        config = with_expert_counts(raw, self.streamed.config, max(self.routers.values()), routers, version)
+        forms = {}
+        for index, form in self.forms.items():
+            changed = {"map": maps[index] or form.map, "ranks": self.ranks[index] or form.ranks, "rows": form.rows}
+            forms[index] = Form.model_validate(changed)
+        return with_forms(config, forms, version)
+
     def _write_text(self, name: str, text: str) -> None:
         try:
             (self.folder / name).write_text(text, encoding="utf-8")
@@ -207,12 +171,46 @@ class Output:
             raise disk_error(error, self.folder) from error
 
 
+def is_matrix(layer: MoELayer, name: str) -> bool:
+    """Is this one of the fused matrices of a layer's experts, which factors take the place of?"""
+    return name in {f"{layer.experts_name}.{local}" for local in ("gate_up_proj", "up_proj", "down_proj")}
+
+
+def replaced(
+    streamed: StreamedModel, counts: Mapping[int, int], method: Method
+) -> tuple[dict[int, set[str]], dict[int, dict[str, Tensor]]]:
+    """Tensors that go, and meta tensors of what takes their place, where `method` leaves layers `counts` experts."""
+    gone: dict[int, set[str]] = {}
+    fresh: dict[int, dict[str, Tensor]] = {}
+    for index, layer in streamed.moe.items():
+        ranks, fewer = method.ranks(layer), counts[index] < layer.num_experts
+        gone[index], fresh[index] = set(), {}
+        for name, dim in slice_names(layer).items():
+            expert = name.startswith(f"{layer.experts_name}.")
+            factored = ranks is not None and is_matrix(layer, name)
+            if fewer:
+                changes = expert or not method.redirects
+            else:
+                changes = (method.rebuilds or factored) if expert else method.reroutes
+            if not changes:
+                continue
+            gone[index].add(name)
+            if ranks is None or not is_matrix(layer, name):
+                meta = streamed.model.get_parameter_or_buffer(name).detach()
+                shape = list(meta.shape)
+                shape[dim] = counts[index]
+                fresh[index][name] = torch.empty(shape, dtype=meta.dtype, device="meta")
+        if ranks is not None:
+            fresh[index] |= empty_factors(layer, counts[index], ranks)
+    return gone, fresh
+
+
 def router_rows(method: Method, layer: MoELayer, stored: Mapping[str, Tensor], plan: LayerPlan) -> dict[str, Tensor]:
     """The method's new router tensors by model name; {} if it makes none.
 
     stored : the layer's tensors with one entry per expert, by model name, in the stored dtype.
     """
-    if not method.reroutes:
+    if not method.reroutes or method.redirects:
         return {}
     dims = {name: dim for name, dim in slice_names(layer).items() if not name.startswith(f"{layer.experts_name}.")}
     below = {name[len(layer.name) + 1 :]: stored[name].movedim(dim, 0) for name, dim in dims.items()}
@@ -228,8 +226,10 @@ def router_rows(method: Method, layer: MoELayer, stored: Mapping[str, Tensor], p
     return found
 
 
-def loads_with(after: Mapping[str, int]) -> str:
-    """What a reader of the result needs."""
+def loads_with(after: Mapping[str, int], forms: bool = False) -> str:
+    """What a reader of the result needs. forms : its experts are shared or factored."""
+    if forms:
+        return "Experts are shared or factored: loads with transformers after `import coterie` (pip install coterie)."
     if after["experts_total"] == after["experts"] * after["layers"]:
         return "Loads with plain transformers."
     return "Layers differ in size: loads with transformers after `import coterie` (pip install coterie)."
@@ -258,7 +258,8 @@ def model_card(record: dict[str, Any]) -> str:
         f"- weights: {before['bytes'] / 1e9:.3f} GB -> {after['bytes'] / 1e9:.3f} GB",
         *([f"- zeroed: {spoken_sparsity(record['sparsity'])}"] if "sparsity" in record else []),
         "",
-        loads_with(after) + " `coterie.json` holds the recipe, digests and versions; `plan.json` which experts stayed.",
+        loads_with(after, record.get("forms", False))
+        + " `coterie.json` holds the recipe, digests and versions; `plan.json` which experts stayed.",
         "",
     ]
     return "\n".join(lines)

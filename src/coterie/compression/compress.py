@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,16 @@ from coterie.compression.apply import Output
 from coterie.compression.forecast import Forecast, forecast, redundancy
 from coterie.compression.methods import Method
 from coterie.compression.plan import LayerPlan, Plan
-from coterie.compression.planning import check_plan, check_profile, layer_plan_of, plan_layers
-from coterie.compression.selector import Budget, check_protect, counts_for, select_global
-from coterie.compression.sizes import Size, measure, without
+from coterie.compression.planning import (
+    check_editable,
+    check_plan,
+    check_profile,
+    known_counts,
+    layer_plan_of,
+    plan_layers,
+)
+from coterie.compression.selector import Budget, check_protect
+from coterie.compression.sizes import Size, measure, measure_written
 from coterie.errors import CheckpointError, UsageError
 from coterie.profiling.observe import LayerObservation, unique
 from coterie.profiling.observers import MeanOutput, Observer, SelectionCount
@@ -152,16 +159,12 @@ class _Run:
         self.earlier = earlier_steps(streamed.checkpoint.folder)
         self.counts: dict[int, int] | None = None  # known beforehand under a uniform budget
         self.before = measure(streamed)
+        check_editable(streamed, method)
         if budget is not None:
             check_protect(budget, streamed.moe)
-            if budget.scope == "global":  # whether it can be met does not depend on the scores
-                select_global(
-                    {i: torch.zeros(moe.num_experts) for i, moe in streamed.moe.items()}, streamed.moe, budget
-                )
-            else:
-                self.counts = counts_for(budget, streamed.moe, self.before.bytes_of_expert, self.before.other_bytes)
+            self.counts = known_counts(streamed, method, budget, self.before)
         self.observed = method.observes_for(self.counts) if profile is None and plan is None else ()
-        self.needs_data = any(observer.needs_text for observer in self.observed)
+        self.needs_data = any(observer.needs_text for observer in self.observed) or method.sees_twice
         if self.needs_data and data is None:
             raise UsageError(
                 f"{name} judges experts by what they do on text, and no text was given",
@@ -169,6 +172,11 @@ class _Run:
             )
         self.one_sweep = self.needs_data and self.counts is not None
         self.sweeps = 2 if self.observed and not self.one_sweep else 1
+        if method.sees_twice and (plan is not None or profile is not None):
+            raise UsageError(
+                f"{name} with these parameters looks at the text again while it writes, which a plan or profile is not",
+                "Give --data and a budget instead.",
+            )
         if propagate and not self.one_sweep:
             raise UsageError("--propagate works while profiling: with --data and a uniform budget only")
         if plan is not None:
@@ -208,22 +216,26 @@ class _Run:
         self.layers: dict[int, LayerProfile] = dict(self.profile.layers) if self.profile else {}
         states = States(work.folder / "states", memory, durable=True)
         plans = self._plans_before(states, progress)
-        counts = {i: len(p.keep) for i, p in plans.items()} if plans else self.counts
-        assert counts is not None
+        if plans:
+            counts = {i: len(p.keep) for i, p in plans.items()}
+        else:
+            assert self.counts is not None
+            counts = {i: self.method.stored(n, self.streamed.moe[i]) for i, n in self.counts.items()}
         for layer_plan in plans.values():
             if reason := self.method.plain_checkpoint(layer_plan):
                 raise UsageError(f"{self.name}: {reason}")
         self.output = Output(self.streamed, work.folder, counts, self.method, self.shard_bytes)
+        after = measure_written(self.streamed, self.output.specs, self.output.fresh_of, counts)
         try:
-            if plans:
+            if plans and self.method.sees_twice:
+                self._apply_on_text(plans, States(work.folder / "again", memory, durable=True), progress)
+            elif plans:
                 self._apply(plans, progress)
             else:
                 plans = self._profile_plan_apply(states, progress)
             self.output.copy_rest(self.output.through)
             self.output.writer.sync()
             plan = self._plan(plans)
-            after = without(self.streamed, self.before, self.output.removed, max(self.output.counts.values()))
-            after = replace(after, bytes=self.output.writer.total_size)
             record = self._record(plan, after)
             names = self.output.finish(plan, record)
         finally:
@@ -296,6 +308,25 @@ class _Run:
             else:
                 step.run()
 
+    def _apply_on_text(self, plans: Mapping[int, LayerPlan], states: States, progress: Progress) -> None:
+        """A second sweep with the text: each layer is looked at again, edited and written."""
+        assert self.data is not None
+        kept = states.kept()
+        first = 0 if kept is None else kept + 1
+        done = {line["layer"] for line in self.work.journal() if "layer" in line}
+        if any(index < first and index not in done for index in plans):
+            first = 0
+        for index in range(first):
+            self.output.mark_written(index)
+        for step in sweep(self.streamed, self.data.batches, states=states, first=first, progress=progress):
+            if step.index not in plans:
+                step.run()
+                continue
+            plan = plans[step.index]
+            seen = self._look(step, self.method.looks_again(plan), last=True)
+            self.figures[step.index] = self.output.edit(plan, in_memory=False, seen=seen)
+            self._journal(plan)
+
     def _profile_plan_apply(self, states: States, progress: Progress) -> dict[int, LayerPlan]:
         """One sweep: each layer is profiled, planned, edited and written while it is in memory."""
         assert self.data is not None
@@ -318,23 +349,29 @@ class _Run:
             if step.index not in self.streamed.moe:
                 step.run()
                 continue
-            layer = self._observe(step)
+            again = self.method.sees_twice
+            layer = self._observe(step, last=not self.propagate and not again)
             self.layers[step.index] = layer
             plans[step.index] = self._plan_layer(layer)
             if forecast_due:
                 self.on_first_layer(layer, plans[step.index])
                 forecast_due = False
-            self.figures[step.index] = self.output.edit(plans[step.index], in_memory=self.propagate)
+            looked = self.method.looks_again(plans[step.index])
+            seen = self._look(step, looked, last=not self.propagate) if again else None
+            self.figures[step.index] = self.output.edit(plans[step.index], in_memory=self.propagate, seen=seen)
             self._journal(plans[step.index])
             if self.propagate:
                 step.run()
         return plans
 
-    def _observe(self, step: Step) -> LayerProfile:
+    def _observe(self, step: Step, *, last: bool = True) -> LayerProfile:
+        return self._look(step, unique([*self.observed, *FORECAST]), last=last)
+
+    def _look(self, step: Step, observers: Sequence[type[Observer]], *, last: bool) -> LayerProfile:
+        """What observers see of one layer; with `last`, the text then goes on to the next one."""
         assert self.data is not None
-        observers = unique([*self.observed, *FORECAST])
         with LayerObservation(self.streamed.moe[step.index], observers, len(self.data.domains)) as watch:
-            step.run(last=not self.propagate, before=lambda number, batch: watch.batch(batch))
+            step.run(last=last, before=lambda number, batch: watch.batch(batch))
         return watch.result()
 
     def _plan_layer(self, layer: LayerProfile) -> LayerPlan:
@@ -405,6 +442,7 @@ class _Run:
             "tokens": data.tokens if data else {},
             "compute_dtype": str(self.streamed.compute_dtype).removeprefix("torch."),
             "sweeps": self.sweeps,
+            "forms": self.output.special,
             "before": self.before.describe(),
             "after": after.describe(),
             "figures": {str(index): values for index, values in sorted(self.figures.items()) if values},

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
@@ -63,6 +64,10 @@ class Method(BaseModel):
         scores_E = self.score(layer)
         return Pick(select_layer(scores_E, count, moe, budget), scores_E)
 
+    def check_spread(self, moe: Mapping[int, MoELayer], budget: Budget) -> None:
+        """Raise UsageError for a budget over all layers that cannot be met, before any weight is read."""
+        select_global({i: torch.zeros(layer.num_experts) for i, layer in moe.items()}, moe, budget)
+
     def pick_all(
         self, layers: Mapping[int, LayerProfile], moe: Mapping[int, MoELayer], budget: Budget
     ) -> dict[int, Pick]:
@@ -74,9 +79,36 @@ class Method(BaseModel):
     def prepare(self, layer: LayerProfile, plan: LayerPlan) -> None:
         """Put into `plan.extra` what `rebuild` needs beyond the kept experts."""
 
-    def rebuild(self, experts: ExpertBank, plan: LayerPlan) -> dict[str, float]:
-        """Edit the kept experts in place, before the others are removed. Returns figures for the record."""
+    @property
+    def sees_twice(self) -> bool:
+        """Does `looks_again` want anything?"""
+        return False
+
+    def looks_again(self, plan: LayerPlan) -> tuple[type[Observer], ...]:
+        """What `rebuild` and `factor` have to see of the layer once its plan is made; forgotten with the layer."""
+        return ()
+
+    def rebuild(self, experts: ExpertBank, plan: LayerPlan, seen: LayerProfile | None = None) -> dict[str, float]:
+        """Edit the kept experts in place, before the others are removed. Returns figures for the record.
+
+        seen : the statistics of `looks_again`.
+        """
         return {}
+
+    def expert_map(self, plan: LayerPlan) -> list[int] | None:
+        """Which of the kept experts, by position in `plan.keep`, stands for each of the router's; None if the router
+        is cut to the kept ones."""
+        return None
+
+    def ranks(self, moe: MoELayer) -> dict[str, int] | None:
+        """Rank of the factors that gate, up and down are stored as; None if they stay matrices."""
+        return None
+
+    def factor(
+        self, experts: ExpertBank, plan: LayerPlan, seen: LayerProfile | None = None
+    ) -> dict[str, Tensor] | None:
+        """Factors of the kept experts after `rebuild`, as `factor_p_a` [K, O, r] and `factor_p_b` [K, r, I]."""
+        return None
 
     def router_rows(self, rows: dict[str, Tensor], plan: LayerPlan) -> dict[str, Tensor]:
         """New router tensors instead of the kept experts' old ones.
@@ -95,6 +127,20 @@ class Method(BaseModel):
     def rebuilds(self) -> bool:
         """Does `rebuild` change weights?"""
         return type(self).rebuild is not Method.rebuild
+
+    @property
+    def allocates(self) -> bool:
+        """Does it give layers different numbers of experts of its own accord? `pick_all` is then called."""
+        return False
+
+    @property
+    def redirects(self) -> bool:
+        """Does the router stay whole, with an expert map behind it? Budgets below top-k are then possible."""
+        return False
+
+    def stored(self, count: int, moe: MoELayer) -> int:
+        """Experts a layer of the output holds when `count` distinct ones are wanted."""
+        return count
 
     @property
     def reroutes(self) -> bool:
@@ -143,7 +189,7 @@ def method(name: str, *, kind: str, paper: str) -> Callable[[M], M]:
 
 def methods() -> dict[str, Registered]:
     """All methods by name; importing a file in a method folder is enough to be listed."""
-    for family in ("pruning", "merging", "sparsifying"):
+    for family in ("pruning", "merging", "factorizing", "sparsifying"):
         package = importlib.import_module(f"coterie.compression.{family}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")

@@ -11,7 +11,7 @@ from coterie.anatomy import check_keep
 from coterie.compression.methods import Method, Pick, get_method
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.selector import Budget, check_protect, counts_for
-from coterie.compression.sizes import measure
+from coterie.compression.sizes import Size, measure
 from coterie.errors import UsageError
 from coterie.profiling.profile import LayerProfile, Profile
 from coterie.streaming.model import StreamedModel
@@ -26,15 +26,14 @@ def plan_layers(
 ) -> dict[int, LayerPlan]:
     """A pure function of profile, budget and parameters: the plan of every MoE layer.
 
-    counts : experts each layer keeps under a uniform budget; None under a global one.
+    counts : experts each layer keeps; None where the budget, or the method, spreads them over the layers.
     A method that looks at no data is given empty profiles.
     """
     empty = {i: LayerProfile(i, moe.name, moe.num_experts, moe.top_k, 0, moe.groups) for i, moe in streamed.moe.items()}
     profiles = {i: layers.get(i, empty[i]) for i in streamed.moe}
-    if budget.scope == "global":
+    if counts is None:
         picked = method.pick_all(profiles, streamed.moe, budget)
     else:
-        assert counts is not None
         picked = {i: method.pick(profiles[i], moe, counts[i], budget) for i, moe in streamed.moe.items()}
     return {i: layer_plan_of(method, profiles[i], picked[i]) for i in streamed.moe}
 
@@ -45,10 +44,8 @@ def make_plan(streamed: StreamedModel, model: str, name: str, method: Method, bu
     digest = streamed.checkpoint.digest()
     check_profile(profile, streamed, digest)
     check_protect(budget, streamed.moe)
-    counts = None
-    if budget.scope == "uniform":
-        size = measure(streamed)
-        counts = counts_for(budget, streamed.moe, size.bytes_of_expert, size.other_bytes)
+    check_editable(streamed, method)
+    counts = known_counts(streamed, method, budget, measure(streamed))
     profile.require(method.observes_for(counts))
     layers = plan_layers(streamed, method, budget, profile.layers, counts)
     return Plan(
@@ -60,6 +57,24 @@ def make_plan(streamed: StreamedModel, model: str, name: str, method: Method, bu
         data_digest=profile.data_digest,
         layers=[layers[index] for index in sorted(layers)],
     )
+
+
+def known_counts(streamed: StreamedModel, method: Method, budget: Budget, size: Size) -> dict[int, int] | None:
+    """Experts each layer will keep, where that is known before anything was measured; checks the budget either way."""
+    if budget.scope == "global" or method.allocates:
+        method.check_spread(streamed.moe, budget)
+        return None
+    return counts_for(budget, streamed.moe, size.bytes_of_expert, size.other_bytes, cut=not method.redirects)
+
+
+def check_editable(streamed: StreamedModel, method: Method) -> None:
+    """Raise UsageError if `method` changes matrices of experts that are stored as factors."""
+    factored = [index for index, layer in streamed.moe.items() if layer.bank.factored]
+    if factored and (method.rebuilds or any(method.ranks(layer) for layer in streamed.moe.values())):
+        raise UsageError(
+            f"the experts of layer {factored[0]} are stored as low-rank factors, and this method edits matrices",
+            "Apply it before the experts are factored.",
+        )
 
 
 def plan_method(plan: Plan) -> Method:
@@ -87,7 +102,11 @@ def check_plan(plan: Plan, streamed: StreamedModel, digest: str) -> None:
                 f" which has {E} experts",
                 "Change only what stays (`keep`) in a plan.",
             )
-        check_keep(streamed.moe[layer.index], layer.keep)
+        method = plan_method(plan)
+        if method.redirects:
+            method.expert_map(layer)  # says itself what does not fit
+        else:
+            check_keep(streamed.moe[layer.index], layer.keep)
 
 
 def layer_plan_of(method: Method, layer: LayerProfile, picked: Pick) -> LayerPlan:

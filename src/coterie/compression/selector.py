@@ -65,13 +65,16 @@ class Budget:
         return self.layers is None or index in self.layers
 
 
-def counts_for(budget: Budget, moe: Mapping[int, MoELayer], bytes_of_expert: int, other_bytes: int) -> dict[int, int]:
+def counts_for(
+    budget: Budget, moe: Mapping[int, MoELayer], bytes_of_expert: int, other_bytes: int, *, cut: bool = True
+) -> dict[int, int]:
     """Experts each layer keeps under a uniform budget, checked against its router.
 
     Parameters
     ----------
     moe : MoE layers by decoder layer.
     bytes_of_expert, other_bytes : stored size of one expert, and of everything that is not a routed expert.
+    cut : is the router cut to them? If not (an expert map), one expert is enough, and routing groups do not matter.
 
     Raises UsageError for a budget no router can work with, before any weight is read.
     """
@@ -79,10 +82,11 @@ def counts_for(budget: Budget, moe: Mapping[int, MoELayer], bytes_of_expert: int
     for index, layer in moe.items():
         E = layer.num_experts
         counts[index] = (
-            E if not budget.prunes(index) else min(E, _uniform_count(budget, moe, E, bytes_of_expert, other_bytes))
+            E if not budget.prunes(index) else min(E, _uniform_count(budget, moe, E, bytes_of_expert, other_bytes, cut))
         )
-        _check_count(counts[index], layer)
-        _check_room(counts[index], layer, budget)
+        _check_count(counts[index], layer, cut)
+        if cut:
+            _check_room(counts[index], layer, budget)
     return counts
 
 
@@ -98,7 +102,9 @@ def _check_room(count: int, layer: MoELayer, budget: Budget) -> None:
         )
 
 
-def _uniform_count(budget: Budget, moe: Mapping[int, MoELayer], E: int, bytes_of_expert: int, other_bytes: int) -> int:
+def _uniform_count(
+    budget: Budget, moe: Mapping[int, MoELayer], E: int, bytes_of_expert: int, other_bytes: int, cut: bool
+) -> int:
     if budget.keep_experts is not None:
         if budget.keep_experts > E:
             raise UsageError(f"--keep-experts {budget.keep_experts} is more than the {E} experts of a layer")
@@ -109,8 +115,9 @@ def _uniform_count(budget: Budget, moe: Mapping[int, MoELayer], E: int, bytes_of
     pruned = [layer for index, layer in moe.items() if budget.prunes(index)]
     fixed = other_bytes + sum(layer.num_experts * bytes_of_expert for i, layer in moe.items() if not budget.prunes(i))
     count = (budget.target_bytes - fixed) // max(bytes_of_expert * len(pruned), 1)
-    count -= count % max((layer.groups for layer in pruned), default=1)
-    least = max((minimum_keep(layer) for layer in pruned), default=1)
+    if cut:
+        count -= count % max((layer.groups for layer in pruned), default=1)
+    least = max((minimum_keep(layer) for layer in pruned), default=1) if cut else 1
     if count < least:
         smallest = fixed + least * bytes_of_expert * len(pruned)
         raise UsageError(
@@ -121,9 +128,19 @@ def _uniform_count(budget: Budget, moe: Mapping[int, MoELayer], E: int, bytes_of
     return int(count)
 
 
-def _check_count(count: int, layer: MoELayer) -> None:
+def _check_count(count: int, layer: MoELayer, cut: bool = True) -> None:
     E, least = layer.num_experts, minimum_keep(layer)
     if count == E:
+        return
+    if layer.router_size != E:
+        raise UsageError(
+            f"layer {layer.index}: its router names {layer.router_size} experts that share {E} stored ones, and none of"
+            " these can be removed or merged again",
+            "Start from the model it was merged from, or merge with --set router=reduced.",
+        )
+    if not cut:
+        if count < 1:
+            raise UsageError(f"cannot keep {count} of {E} experts in layer {layer.index}", "Keep at least 1.")
         return
     if count < least:
         group = f" in {layer.groups_used} of {layer.groups} groups" if layer.groups > 1 else ""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
 
 from coterie.anatomy import slice_names
 from coterie.streaming.model import StreamedModel
+from coterie.streaming.writer import Spec
 
 
 @dataclass(frozen=True)
@@ -44,26 +47,56 @@ def spoken_experts(size: Mapping[str, int]) -> str:
 def measure(streamed: StreamedModel) -> Size:
     """Size of a checkpoint, from its headers alone."""
     tensors = streamed.checkpoint.tensors
-    first = next(iter(streamed.moe.values()))
-    per_expert_bytes = per_expert_parameters = 0
-    for name in slice_names(first):
-        infos = [tensors[key] for key in streamed.keys_of([name])]
-        per_expert_bytes += sum(info.nbytes for info in infos) // first.num_experts
-        if name.startswith(f"{first.experts_name}."):
-            per_expert_parameters += sum(info.numel for info in infos) // first.num_experts
-    total = sum(info.numel for key, info in tensors.items() if streamed.params[key] is not None)
-    experts = sum(layer.num_experts for layer in streamed.moe.values())
-    active = total - sum((layer.num_experts - layer.top_k) * per_expert_parameters for layer in streamed.moe.values())
+    return _size(streamed, {key: (info.numel, info.nbytes) for key, info in tensors.items()}, streamed.params)
+
+
+def measure_written(
+    streamed: StreamedModel, specs: Sequence[Spec], fresh_of: Mapping[str, int], counts: Mapping[int, int]
+) -> Size:
+    """Size of what will be written from `streamed`: `layout`'s specs, its layers holding `counts` experts."""
+    sizes = {spec.key: (torch.Size(spec.shape).numel(), spec.nbytes) for spec in specs}
+    params: dict[str, str | None] = {}
+    for key in sizes:  # a name the source does not have is a new form of the experts
+        params[key] = streamed.params[key] if key in streamed.params else f"{streamed.moe[fresh_of[key]].experts_name}."
+    return _size(streamed, sizes, params, counts)
+
+
+def _size(
+    streamed: StreamedModel,
+    sizes: Mapping[str, tuple[int, int]],
+    params: Mapping[str, str | None],
+    counts: Mapping[int, int] | None = None,
+) -> Size:
+    """sizes : {checkpoint key: (numbers, bytes)}. params : the model's name of each, None where it ignores the key."""
+    layers = streamed.moe
+    counts = counts or {index: layer.num_experts for index, layer in layers.items()}
+    of_experts, of_rows = {index: [0, 0] for index in layers}, {index: [0, 0] for index in layers}
+    experts = {f"{layer.experts_name}.": index for index, layer in layers.items()}
+    rows = {name: index for index, layer in layers.items() for name in slice_names(layer)}
+    for key, (numel, nbytes) in sizes.items():
+        name = params[key] or ""
+        inside = experts.get(name[: name.rfind(".") + 1])
+        for index, group in ((inside, of_experts), (rows.get(name) if inside is None else None, of_rows)):
+            if index is not None:
+                group[index][0] += numel
+                group[index][1] += nbytes
+    total = sum(numel for key, (numel, _) in sizes.items() if params[key] is not None)
+    spare = {i: max(counts[i] - layer.top_k, 0) / counts[i] for i, layer in layers.items()}
+    first = next(iter(layers))
+    shares = layers[first].router_size == layers[first].num_experts == counts[first]
+    bytes_of_expert = (of_experts[first][1] + of_rows[first][1] * shares) // counts[first]
+    nbytes = sum(size for _, size in sizes.values())
+    stored = sum(counts.values())
     return Size(
-        bytes=streamed.checkpoint.nbytes,
+        bytes=nbytes,
         parameters=total,
-        active_parameters=active,
-        experts=max(layer.num_experts for layer in streamed.moe.values()),
-        bytes_of_expert=per_expert_bytes,
-        parameters_of_expert=per_expert_parameters,
-        other_bytes=streamed.checkpoint.nbytes - experts * per_expert_bytes,
-        experts_total=experts,
-        layers=len(streamed.moe),
+        active_parameters=total - round(sum(of_experts[i][0] * spare[i] for i in layers)),
+        experts=max(counts.values()),
+        bytes_of_expert=bytes_of_expert,
+        parameters_of_expert=of_experts[first][0] // counts[first],
+        other_bytes=nbytes - stored * bytes_of_expert,
+        experts_total=stored,
+        layers=len(layers),
     )
 
 
@@ -73,16 +106,3 @@ def router_parameters_per_expert(streamed: StreamedModel) -> int:
     names = [n for n in slice_names(layer) if not n.startswith(f"{layer.experts_name}.")]
     total = sum(int(streamed.model.get_parameter_or_buffer(n).numel()) for n in names)
     return total // layer.num_experts
-
-
-def without(streamed: StreamedModel, size: Size, removed: int, most: int) -> Size:
-    """The size after `removed` experts are gone and no layer has more than `most`."""
-    router = router_parameters_per_expert(streamed) * removed
-    return replace(
-        size,
-        bytes=size.bytes - removed * size.bytes_of_expert,
-        parameters=size.parameters - removed * size.parameters_of_expert - router,
-        active_parameters=size.active_parameters - router,
-        experts=most,
-        experts_total=size.experts_total - removed,
-    )

@@ -175,8 +175,12 @@ class SparseOutput(Output):
         counts = {index: moe.num_experts for index, moe in streamed.moe.items()}
         super().__init__(streamed, folder, counts, method, shard_bytes)
 
-    def _touched(self) -> dict[int, dict[str, int | None]]:
-        return {index: dict.fromkeys((s.name for s in found), None) for index, found in self.sites.items()}
+    def _replaced(self, streamed: StreamedModel) -> tuple[dict[int, set[str]], dict[int, dict[str, Tensor]]]:
+        fresh = {
+            index: {s.name: streamed.model.get_parameter_or_buffer(s.name).detach() for s in found}
+            for index, found in self.sites.items()
+        }
+        return {index: set(tensors) for index, tensors in fresh.items()}, fresh
 
 
 def sparsify(

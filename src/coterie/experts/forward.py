@@ -55,7 +55,7 @@ def release_scratch() -> None:
     _scratch.clear()
 
 
-def _widened(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def widened(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """`weight` in `dtype`; valid until the next call with the same name."""
     if weight.dtype == dtype:
         return weight
@@ -70,13 +70,18 @@ def _widened(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return buffer.copy_(weight)
 
 
-def _first_size(weight: object) -> int:
-    assert isinstance(weight, Tensor)
-    return weight.shape[0]
+def stored_experts(module: nn.Module) -> int:
+    """How many experts an experts module holds."""
+    if hasattr(module, "stored_experts"):
+        return int(module.stored_experts)  # type: ignore[arg-type]
+    assert isinstance(module.down_proj, Tensor)
+    return module.down_proj.shape[0]
 
 
 def _project(module: nn.Module, name: str, expert: int, x_RH: Tensor) -> Tensor:
-    weight = _widened(getattr(module, name)[expert], x_RH.dtype, name)
+    if hasattr(module, "project"):  # experts that are not stored as matrices know how to multiply with them
+        return module.project(name, expert, x_RH)  # type: ignore[operator,no-any-return]
+    weight = widened(getattr(module, name)[expert], x_RH.dtype, name)
     bias = getattr(module, f"{name}_bias")[expert].to(x_RH.dtype) if module.has_bias else None
     if not module.is_transposed:
         return F.linear(x_RH, weight, bias)
@@ -96,7 +101,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
     Peak memory beside the weights: one expert in the activations' dtype, its routed rows, and one [T, H] sum.
     """
-    x_TH, E = hidden_states, _first_size(self.down_proj)
+    x_TH, E = hidden_states, stored_experts(self)
     slots: list[Slot] = getattr(self, "_coterie_slots", [])
     for slot in slots:
         top_k_index, top_k_weights = slot(top_k_index, top_k_weights)

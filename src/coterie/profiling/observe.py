@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from coterie.anatomy import MoELayer
 from coterie.errors import ModelError
 from coterie.experts import forward as experts_forward
+from coterie.experts.mapped import expert_map
 from coterie.profiling.observers import ExpertRows, LayerShape, Observer, Routing
 from coterie.profiling.profile import LayerProfile
 from coterie.streaming.lockstep import Batch
@@ -81,7 +82,8 @@ class LayerObservation:
     def _router_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         logits = output[0] if isinstance(output, tuple) else output
         E = self.layer.num_experts
-        if isinstance(logits, Tensor) and logits.shape[-1] == E:
+        shared = expert_map(self.layer.experts) is not None  # its outputs are not the experts that are observed
+        if isinstance(logits, Tensor) and logits.shape[-1] == E and not shared:
             self._logits_TE = logits.detach().reshape(-1, E)
 
     # -- the tap of the experts forward ---------------------------------------------------------------------------

@@ -45,10 +45,14 @@ class FusedLayout:
                 checkpoint.read(key, out=fused[e, self.starts[s] : self.starts[s + 1]])
 
     def tensors(self, fused: Tensor, keep: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-        """(key, view) for every tensor of a checkpoint that holds just the experts `keep`, renumbered."""
+        """(key, view) for every tensor of a checkpoint that holds just the experts `keep`, renumbered.
+
+        `fused` may have other rows (and columns) than were read: parts keep their share of the rows.
+        """
+        starts = [start * fused.shape[1] // self.starts[-1] for start in self.starts]
         for position, expert in enumerate(keep):
             for s, key in enumerate(self.keys[position]):
-                yield key, fused[expert, self.starts[s] : self.starts[s + 1]]
+                yield key, fused[expert, starts[s] : starts[s + 1]]
 
 
 def fused_layouts(

@@ -119,8 +119,8 @@ class StreamedModel:
         try:
             with torch.device("meta"):
                 model = model_class_of(config)._from_config(config, dtype=self.compute_dtype)  # type: ignore[attr-defined]
-                if is_coterie(getattr(config, "quantization_config", None)):
-                    rebuild(model)
+                if is_coterie(self.checkpoint.raw_config.get("quantization_config")):
+                    rebuild(model, self.checkpoint.raw_config["quantization_config"])
         except CoterieError:
             raise
         except Exception as error:  # sizes in a config can be anything; so can the exception they cause
@@ -412,7 +412,7 @@ class _MetaSlice:
 
 def _check_routing(layer: MoELayer) -> None:
     """Numbers of a config that no tensor's shape contradicts, but that no router can work with."""
-    E, where = layer.num_experts, f"in layer {layer.index}"
+    E, where = layer.router_size, f"in layer {layer.index}"
     counts = {
         n: v for n in ("num_group", "n_group", "topk_group") if isinstance(v := getattr(layer.router, n, None), int)
     }

@@ -130,7 +130,7 @@ class Dern(Method):
 
     # -- stages 2 and 3
 
-    def rebuild(self, experts: ExpertBank, plan: LayerPlan) -> dict[str, float]:
+    def rebuild(self, experts: ExpertBank, plan: LayerPlan, seen: LayerProfile | None = None) -> dict[str, float]:
         """Recombine the dropped experts' neurons into the kept experts, in place.
 
         Returns diagnostics, none if no expert is dropped: `moved` and `discarded` segments, `moved_share`,

@@ -93,7 +93,7 @@ class Uncurl(Method):
         norm_E = gram_EE.diagonal().clamp(min=1e-12).sqrt()
         return ((1 + gram_EE / torch.outer(norm_E, norm_E)) / 2).clamp(0, 1).fill_diagonal_(1.0)
 
-    def rebuild(self, experts: ExpertBank, plan: LayerPlan) -> dict[str, float]:
+    def rebuild(self, experts: ExpertBank, plan: LayerPlan, seen: LayerProfile | None = None) -> dict[str, float]:
         merged = 0
         for first, members in _clusters_of(plan):
             if len(members) == 1:

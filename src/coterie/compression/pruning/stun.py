@@ -155,7 +155,7 @@ class Stun(Method):
         merge = len(keep) < layer.experts and len(keep) <= self.merge_max_clusters
         return Pick(keep, torch.zeros(0), {"members": [best[e] for e in keep], "merge": merge})
 
-    def rebuild(self, experts: ExpertBank, plan: LayerPlan) -> dict[str, float]:
+    def rebuild(self, experts: ExpertBank, plan: LayerPlan, seen: LayerProfile | None = None) -> dict[str, float]:
         before = [_kurtosis(experts, e) for e in range(plan.experts)]
         clusters = _clusters_of(plan)
         if plan.extra["merge"]:

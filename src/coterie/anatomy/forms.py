@@ -1,0 +1,157 @@
+"""What is special about the experts of a layer: shared by several router outputs, or stored as low-rank factors.
+
+config.json says so in its "coterie" header (see `uneven`), layer by layer:
+
+    "quantization_config": {"quant_method": "coterie", "format": 1, "layers": {
+        "3": {"map": [0, 0, 1, 2, 1, 2, 0, 1], "ranks": {"gate": 32, "up": 32, "down": 32}}}}
+
+A freshly built model is given these forms on the meta device before any weight is loaded; weights are not their
+business. Everything in a header is checked against the model first: it may come from anywhere.
+"""
+
+# E experts that the router names, O outputs and I inputs of a projection
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from coterie.anatomy.experts import ExpertBank
+from coterie.anatomy.layers import MoELayer, moe_layers
+from coterie.anatomy.slicing import cut_experts
+from coterie.errors import CheckpointError
+from coterie.experts import factored, mapped
+
+Projection = Literal["gate", "up", "down"]
+
+
+class Form(BaseModel):
+    """What is special about one layer's experts.
+
+    map : stored expert of each of the router's outputs. ranks : rank of each projection's factors.
+    rows : rows of each projection's sparse part, over all experts; only with ranks.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    map: list[Annotated[int, Field(ge=0)]] | None = None
+    ranks: dict[Projection, Annotated[int, Field(ge=1)]] | None = None
+    rows: dict[Projection, Annotated[int, Field(ge=0)]] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
+
+
+def forms_of(header: Mapping[str, Any]) -> dict[int, Form]:
+    """{decoder layer: Form} of a header. Raises CheckpointError saying which entry is wrong."""
+    layers = header.get("layers", {})
+    if not isinstance(layers, dict):
+        raise CheckpointError("config.json: quantization_config.layers is no table of layers")
+    found = {}
+    for key, entry in layers.items():
+        try:
+            found[int(key)] = Form.model_validate(entry)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise CheckpointError(f"config.json: quantization_config.layers.{key}.{where}: {first['msg']}") from error
+        except ValueError as error:
+            raise CheckpointError(f"config.json: quantization_config.layers names a layer {key!r}") from error
+    return found
+
+
+def apply_forms(model: nn.Module, forms: Mapping[int, Form]) -> None:
+    """Give the layers of a freshly built model their forms. Raises CheckpointError where they do not fit."""
+    layers = {layer.index: layer for layer in moe_layers(model)}
+    for index, form in forms.items():
+        if index not in layers:
+            raise CheckpointError(f"config.json describes the experts of layer {index}, which is no MoE layer")
+        layer = layers[index]
+        if form.map is not None:
+            _check_map(layer, form.map)
+            cut_experts(layer, range(max(form.map) + 1))
+            mapped.redirect(layer.experts, form.map)
+        if form.ranks is not None:
+            _check_ranks(layer, form)
+            factored.convert(layer.experts, projection_shapes(layer.bank), form.ranks, form.rows)  # type: ignore[arg-type]
+        elif form.rows is not None:
+            raise CheckpointError(f"config.json: layer {index} has sparse rows but no ranks")
+
+
+def form_of(layer: MoELayer) -> Form:
+    """What is special about the experts of a layer as it is."""
+    module, ranks, rows = layer.experts, None, None
+    if layer.bank.factored:
+        names = factored.projections(module)
+        ranks = {p: int(getattr(module, f"factor_{p}_a").shape[2]) for p in names}
+        if hasattr(module, f"sparse_{names[0]}"):
+            rows = {p: int(getattr(module, f"sparse_{p}").shape[0]) for p in names}
+    return Form(map=mapped.expert_map(module), ranks=ranks, rows=rows)  # type: ignore[arg-type]
+
+
+def projection_shapes(bank: ExpertBank) -> dict[str, tuple[int, int]]:
+    """(O, I) of each of an expert's matrices."""
+    wide, narrow = bank.intermediate_size, bank.hidden_size
+    shapes = {"gate": (wide, narrow), "up": (wide, narrow), "down": (narrow, wide)}
+    return {p: shapes[p] for p in factored.projections(bank.module)}
+
+
+def _check_map(layer: MoELayer, target: list[int]) -> None:
+    E = layer.num_experts
+    if len(target) != E:
+        raise CheckpointError(
+            f"config.json maps {len(target)} experts in layer {layer.index}, but its router names {E}"
+        )
+    stored = max(target) + 1
+    if stored > E or set(target) != set(range(stored)):
+        raise CheckpointError(f"config.json: the expert map of layer {layer.index} skips or exceeds its {E} experts")
+
+
+def _check_ranks(layer: MoELayer, form: Form) -> None:
+    shapes = projection_shapes(layer.bank)
+    assert form.ranks is not None
+    for name, given in (("ranks", form.ranks), ("rows", form.rows)):
+        if given is not None and set(given) != set(shapes):
+            raise CheckpointError(
+                f"config.json: {name} of layer {layer.index} name {', '.join(sorted(given))}; its experts have"
+                f" {', '.join(shapes)}"
+            )
+    for p, (outputs, inputs) in shapes.items():
+        rank, rows = form.ranks[p], (form.rows or {}).get(p, 0)  # type: ignore[index,call-overload]
+        if rank > min(outputs, inputs):
+            raise CheckpointError(
+                f"config.json: rank {rank} of {p} in layer {layer.index} is above the full rank of its {outputs} x"
+                f" {inputs} matrices"
+            )
+        if rows > layer.num_experts * outputs:
+            raise CheckpointError(
+                f"config.json: {rows} sparse rows of {p} in layer {layer.index}, where all experts have"
+                f" {layer.num_experts * outputs}"
+            )
+
+
+def empty_factors(layer: MoELayer, experts: int, ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    """{path below the model: meta tensor} of the factors that `experts` experts of these ranks are stored as."""
+    found: dict[str, Tensor] = {}
+    dtype = layer.experts.down_proj.dtype
+    for p, (outputs, inputs) in projection_shapes(layer.bank).items():
+        for part, shape in (("a", (experts, outputs, ranks[p])), ("b", (experts, ranks[p], inputs))):
+            found[f"{layer.experts_name}.factor_{p}_{part}"] = torch.empty(shape, dtype=dtype, device="meta")  # type: ignore[arg-type]
+    return found
+
+
+def put_back_dense(bank: ExpertBank, keep: Sequence[int], factors: Mapping[str, Tensor]) -> None:
+    """Write A B of the kept experts' factors, in order, over their dense weights: the same function, not the form."""
+    for position, expert in enumerate(keep):
+        weights = bank.read(expert)
+        matrices = {
+            f"{p}_{'HI' if p == 'down' else 'IH'}": factors[f"factor_{p}_a"][position].float()
+            @ factors[f"factor_{p}_b"][position].float()
+            for p in factored.projections(bank.module)
+        }
+        bank.write(expert, replace(weights, **matrices))
