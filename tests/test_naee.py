@@ -330,13 +330,13 @@ def fed(observer, lengths):
 
 def test_the_sample_of_tokens_is_uniform_and_does_not_depend_on_batches():
     whole, split = fed(subset_loss(2, 50), [1000]), fed(subset_loss(2, 50), [3, 60, 0, 437, 500])
-    assert torch.equal(whole._kept[4], split._kept[4])
-    assert len(whole._kept[4]) == 50
-    assert 380 < float(whole._kept[4].mean()) < 620  # 500 with a standard error of 40
+    assert torch.equal(whole._kept.parts[3], split._kept.parts[3])
+    assert len(whole._kept.parts[3]) == 50
+    assert 380 < float(whole._kept.parts[3].mean()) < 620  # 500 with a standard error of 40
     batch_of = torch.repeat_interleave(torch.arange(5), torch.tensor([3, 60, 0, 437, 500]))
-    assert torch.equal(split._kept[1], batch_of[split._kept[4][:, 0].long()])
+    assert torch.equal(split._kept.parts[0], batch_of[split._kept.parts[3][:, 0].long()])
     few = fed(subset_loss(2, 50), [20, 30])
-    assert torch.equal(few._kept[4][:, 0], torch.arange(50.0))
+    assert torch.equal(few._kept.parts[3][:, 0], torch.arange(50.0))
 
 
 def test_a_sample_smaller_than_the_text_is_searched_and_named_in_the_statistic(checkpoint):

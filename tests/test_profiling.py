@@ -12,18 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+import coterie
 from coterie.anatomy import moe_layers
 from coterie.compression.methods import get_method
 from coterie.errors import DataError, ModelError, UsageError
 from coterie.experts.forward import NAME, observe
+from coterie.profiling import dense
+from coterie.profiling import observe as observe_module
+from coterie.profiling.moments import InputSecondMoment, OutputSecondMoment
 from coterie.profiling.observe import LayerObservation
 from coterie.profiling.observers import (
     OBSERVERS,
     RATIO_BINS,
+    DenseOutput,
     ExpertRows,
     LayerShape,
     MaxActivation,
     Observer,
+    OutputCosine,
     OutputNorm,
     Routing,
     ScoreMass,
@@ -32,11 +38,12 @@ from coterie.profiling.observers import (
 )
 from coterie.profiling.profile import LayerProfile, Profile
 from coterie.profiling.run import profile_model
+from coterie.profiling.sample import input_sample, sample_names
 from coterie.streaming.checkpoint import Checkpoint
 from coterie.streaming.lockstep import Batch
 from coterie.streaming.model import StreamedModel
 from coterie.text import TokenData
-from families import FAMILIES, FEW, resident, saved, tiny, tokens
+from families import FAMILIES, FEW, resident, saved, tiny, token_file, tokens
 
 ALL = tuple(OBSERVERS.values())
 BRUTE = (*FEW, "phimoe", "ernie4.5-moe")
@@ -162,6 +169,8 @@ def brute(folder, batches, D):
         s |= {"output_norm_max_E": torch.zeros(E)}
         s |= {"gate_ratio_RB": torch.zeros(layer.top_k - 1, RATIO_BINS).long()}
         s |= {"gate_ratio_sum_R": torch.zeros(layer.top_k - 1, dtype=torch.float64)}
+        s |= {"dense_output_sum_EH": torch.zeros(E, H, dtype=torch.float64)}
+        s |= {"output_cosine_EE": torch.zeros(E, E, dtype=torch.float64)}
         for batch, (x_TH, logits_TE, index_TK, weight_TK) in zip(batches, seen[layer.index], strict=True):
             L = batch.ids_BL.shape[1]
             for t in range(len(x_TH)):
@@ -179,11 +188,17 @@ def brute(folder, batches, D):
                 for rank, weight in enumerate(rest):
                     s["gate_ratio_RB"][rank, min(int(weight / first * RATIO_BINS), RATIO_BINS - 1)] += 1
                     s["gate_ratio_sum_R"][rank] += weight / first
+                y_EH = torch.stack([expert_output(layer, e, x_TH[t]).double() for e in range(E)])
+                s["dense_output_sum_EH"] += y_EH
+                for a in range(E):
+                    for b in range(E):
+                        cosine = y_EH[a] @ y_EH[b] / (y_EH[a].norm() * y_EH[b].norm())
+                        s["output_cosine_EE"][a, b] += cosine
                 for a in chosen:
                     for b in chosen:
                         s["coactivation_EE"][a, b] += 1
                 for e, g in zip(chosen, weight_TK[t].double().tolist()):
-                    y_H = expert_output(layer, e, x_TH[t]).double()
+                    y_H = y_EH[e]
                     norm = float(y_H.square().sum().sqrt())
                     s["count_E"][e] += 1
                     s["count_DE"][domain, e] += 1
@@ -237,6 +252,108 @@ def test_streamed_routing_equals_resident_routing_token_by_token(family, checkpo
             assert torch.equal(weight_TK, call[3][real_T])
 
 
+# -- every expert on every token --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_a_dense_pass_in_chunks_gives_each_expert_on_each_token_in_order(family, monkeypatch):
+    layer, x_TH, _, _ = experts_and_routing(family)
+    layer.experts.to(torch.bfloat16)
+    expected_ETH = torch.stack(
+        [torch.stack([expert_output(layer, e, x_H) for x_H in x_TH]) for e in range(layer.num_experts)]
+    )
+    monkeypatch.setattr(dense, "CHUNK_BYTES", 4 * layer.num_experts * x_TH.shape[1] * 4)  # four tokens
+    parts = [(rows, y_ECH.clone()) for rows, y_ECH in dense.dense_outputs(layer, x_TH)]
+    assert [(rows.start, rows.stop) for rows, _ in parts] == [(0, 4), (4, 8), (8, 11)]
+    assert close(torch.cat([y_ECH for _, y_ECH in parts], 1), expected_ETH, PRODUCT)
+
+
+def test_dense_outputs_are_made_once_for_all_observers_that_want_them(checkpoint, monkeypatch):
+    calls = []
+    real = observe_module.dense_outputs
+    monkeypatch.setattr(observe_module, "dense_outputs", lambda *a: calls.append(1) or real(*a))
+    profile = profiled(checkpoint("mixtral"), [padded(0), padded(1)], [DenseOutput, OutputCosine])
+    assert len(calls) == 2 * len(profile.layers)
+    profiled(checkpoint("mixtral"), [padded(0)], [SelectionCount, MaxActivation])
+    assert len(calls) == 2 * len(profile.layers)
+
+
+def test_similarity_of_outputs_ignores_the_scale_of_an_expert_and_finds_a_copy(tmp_path):
+    model = tiny("mixtral")
+    bank = moe_layers(model)[0].bank
+    weights = copy.deepcopy(bank.read(2))
+    weights.down_HI *= 4.0
+    bank.write(6, weights)
+    profile = profiled(written(model, tmp_path / "model"), [padded(0)], [OutputCosine])
+    layer = profile.layers[0]
+    cosine_EE = layer.output_cosine_EE / layer.tokens
+    torch.testing.assert_close(cosine_EE.diagonal(), torch.ones(8).double(), atol=1e-12, rtol=0)
+    assert cosine_EE[2, 6] == pytest.approx(1.0, abs=1e-9)
+    assert float(cosine_EE.fill_diagonal_(0)[0].abs().max()) < 0.9
+    torch.testing.assert_close(cosine_EE[2, :2], cosine_EE[6, :2], atol=1e-9, rtol=0)
+
+
+def test_an_expert_that_answers_with_zeros_has_no_cosine():
+    observer = OutputCosine(LayerShape(3, 1, 4, 1))
+    y_ETH = torch.ones(3, 5, 4)
+    y_ETH[1, 2:] = 0
+    observer.see_dense(y_ETH)
+    expected = torch.tensor([[5, 2, 5], [2, 2, 2], [5, 2, 5]]).double()
+    torch.testing.assert_close(observer.output_cosine_EE, expected)
+
+
+def test_what_costs_a_dense_pass_is_only_recorded_when_named(checkpoint, tmp_path):
+    ids = token_file(tmp_path / "ids.safetensors")
+    found = coterie.profile(str(checkpoint("mixtral")), tokens=str(ids)).layers[0].stats
+    assert "count_E" in found
+    assert not {"dense_output_sum_EH", "output_cosine_EE"} & found.keys()
+
+
+# -- second looks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+@torch.no_grad()
+def test_second_moments_equal_plain_loops_over_tokens(family, checkpoint):
+    batches = [padded(0), Batch(tokens(2, 11, seed=5), None, torch.tensor([1, 0]))]
+    profile = profiled(checkpoint(family), batches, [InputSecondMoment, OutputSecondMoment])
+    layers, seen = watch_resident(checkpoint(family), batches)
+    for layer in layers[:2]:
+        E, H = layer.num_experts, layer.bank.hidden_size
+        inputs_EHH, outputs_EHH = (torch.zeros(E, H, H, dtype=torch.float64) for _ in range(2))
+        for batch, (x_TH, _, index_TK, _) in zip(batches, seen[layer.index], strict=True):
+            real_T = torch.ones(len(x_TH), dtype=torch.bool) if batch.mask_BL is None else batch.mask_BL.flatten()
+            for t in real_T.nonzero().flatten().tolist():
+                for e in index_TK[t].tolist():
+                    y_H = expert_output(layer, e, x_TH[t]).double()
+                    if layer.bank.has_bias:
+                        y_H = y_H - layer.bank.read(e, torch.float64).down_bias_H
+                    inputs_EHH[e] += torch.outer(x_TH[t], x_TH[t])
+                    outputs_EHH[e] += torch.outer(y_H, y_H)
+        stats = profile.layers[layer.index].stats
+        assert close(stats["input_moment_EHH"], inputs_EHH, PRODUCT)
+        assert close(stats["output_moment_EHH"], outputs_EHH, PRODUCT)
+
+
+def test_a_sample_of_inputs_holds_real_tokens_with_the_experts_they_selected(checkpoint):
+    batches = [padded(0), padded(1)]
+    few = input_sample(20)
+    input_name, index_name = sample_names(20)
+    profile = profiled(checkpoint("mixtral"), batches, [few])
+    layers, seen = watch_resident(checkpoint("mixtral"), batches)
+    real = {}
+    for number, (batch, (x_TH, _, index_TK, _)) in enumerate(zip(batches, seen[layers[0].index], strict=True)):
+        for t in batch.mask_BL.flatten().nonzero().flatten().tolist():
+            real[tuple(x_TH[t].tolist())] = (number, index_TK[t].tolist())
+    stats = profile.layers[layers[0].index].stats
+    assert len(stats[input_name]) == 20
+    found = [real[tuple(x_H.tolist())] for x_H in stats[input_name]]
+    assert [ids for _, ids in found] == stats[index_name].tolist()
+    assert {number for number, _ in found} == {0, 1}
+    everything = profiled(checkpoint("mixtral"), batches, [input_sample(1000)]).layers[layers[0].index]
+    assert len(everything.stats[sample_names(1000)[0]]) == everything.tokens
+
+
 # -- padding and batches ----------------------------------------------------------------------------------------------
 
 
@@ -265,6 +382,12 @@ def routed_rows(seed, T=40, H=6, E=5, K=2):
     return Routing(x_TH, logits_TE, weight_TK, index_TK, domain_T, start_T), torch.randn(T, K, H, generator=g)
 
 
+def dense_y(routing):
+    """Some output of every expert for every token, [E, T, H]."""
+    matrix_EHH = torch.randn(5, 6, 6, generator=torch.Generator().manual_seed(0))
+    return routing.x_TH @ matrix_EHH
+
+
 def fed(cls, routing, y_TKH, parts):
     """State of an observer that saw the tokens in these parts."""
     _, K, H = y_TKH.shape
@@ -274,6 +397,8 @@ def fed(cls, routing, y_TKH, parts):
         part = torch.tensor(part, dtype=torch.int64)
         fields = (routing.x_TH, routing.logits_TE, routing.weight_TK, routing.index_TK, routing.domain_T)
         observer.see_routing(Routing(*(f[part] for f in (*fields, routing.start_T))))
+        if observer.watches_all and len(part):
+            observer.see_dense(dense_y(routing)[:, part])
         for expert in range(5):
             at, slot = (routing.index_TK[part] == expert).nonzero(as_tuple=True)
             if observer.watches_outputs and len(at):

@@ -42,7 +42,8 @@ def profile(
     progress: Progress | None = None,
     **text: Any,
 ) -> Profile:
-    """What every MoE layer does on text. Without `observers` or `methods`, all statistics are recorded.
+    """What every MoE layer does on text. Without `observers` or `methods`, all statistics are recorded but
+    those for which every expert runs on every token (DenseOutput, OutputCosine).
 
     Returns the profile; with `out` it is also written there. Keywords beyond these are `calibration`'s: samples, ...
     """
@@ -61,7 +62,7 @@ def profile(
         raise UsageError("profiling needs text", "Name some with --data.")
     streamed = runtime.open(model)
     check_ids(samples_in, vocabulary_of(streamed))
-    observed = unique(wanted) or list(OBSERVERS.values())
+    observed = unique(wanted) or [o for o in OBSERVERS.values() if not o.watches_all]
     states = States(limit=parse_size(runtime.memory, least=0))
     result = profile_model(streamed, samples_in, observed, model=model, states=states, progress=progress)
     if out is not None:

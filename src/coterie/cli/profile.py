@@ -16,7 +16,11 @@ def profile(
     out: Annotated[str, typer.Option(help="Folder for the profile.", show_default=False)],
     data: o.Data = None,
     observe: Annotated[
-        list[str] | None, typer.Option(help="Record only this statistic; repeat for more. All by default.")
+        list[str] | None,
+        typer.Option(
+            help="Record only this statistic; repeat for more. By default all but those for which every expert runs on"
+            " every token (DenseOutput, OutputCosine)."
+        ),
     ] = None,
     method: Annotated[list[str] | None, typer.Option(help="Record what this method needs; repeat for more.")] = None,
     samples: o.Samples = 128,

@@ -134,8 +134,13 @@ class Method(BaseModel):
         return False
 
     @property
+    def cuts(self) -> bool:
+        """Is the router cut to the experts that stay? If not, budgets below top-k and uneven groups are possible."""
+        return True
+
+    @property
     def redirects(self) -> bool:
-        """Does the router stay whole, with an expert map behind it? Budgets below top-k are then possible."""
+        """Does the router stay whole, with an expert map behind it?"""
         return False
 
     def stored(self, count: int, moe: MoELayer) -> int:

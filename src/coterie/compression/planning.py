@@ -64,7 +64,7 @@ def known_counts(streamed: StreamedModel, method: Method, budget: Budget, size: 
     if budget.scope == "global" or method.allocates:
         method.check_spread(streamed.moe, budget)
         return None
-    return counts_for(budget, streamed.moe, size.bytes_of_expert, size.other_bytes, cut=not method.redirects)
+    return counts_for(budget, streamed.moe, size.bytes_of_expert, size.other_bytes, cut=method.cuts)
 
 
 def check_editable(streamed: StreamedModel, method: Method) -> None:

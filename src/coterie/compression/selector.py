@@ -159,6 +159,13 @@ def _check_count(count: int, layer: MoELayer, cut: bool = True) -> None:
         )
 
 
+def equal_groups(layer: MoELayer, count: int, cut: bool = True) -> list[tuple[list[int], int]]:
+    """(experts, how many of them may stay) of each routing group, or of the whole layer where its router is not cut."""
+    groups = layer.groups if cut else 1
+    size = layer.num_experts // groups
+    return [(list(range(g * size, (g + 1) * size)), count // groups) for g in range(groups)]
+
+
 def select_layer(scores_E: Tensor, count: int, layer: MoELayer, budget: Budget) -> list[int]:
     """The `count` experts of one layer with the highest scores, the same number in each routing group.
 

@@ -96,6 +96,19 @@ def inner_activation(module: nn.Module, expert: int, x_RH: Tensor) -> Tensor:
     return inner_RI
 
 
+def output_projection(module: nn.Module, expert: int, inner_RI: Tensor) -> Tensor:
+    """What one expert puts out for what its down projection receives: [R, I] -> [R, H]."""
+    y_RH = _project(module, "down_proj", expert, inner_RI)
+    if getattr(module, "has_post_expert_norm", False):
+        y_RH = module.post_expert_norm(y_RH)  # type: ignore[operator]
+    return y_RH
+
+
+def expert_output(module: nn.Module, expert: int, x_RH: Tensor) -> Tensor:
+    """One expert on any rows, routed to it or not, without a weight: [R, H] -> [R, H]. No slot and no tap is asked."""
+    return output_projection(module, expert, inner_activation(module, expert, x_RH))
+
+
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Sum of the selected experts' outputs, weighted. Shapes: [T, H], [T, K], [T, K] -> [T, H].
 
@@ -125,9 +138,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         inner_RI = inner_activation(self, expert, x_RH)
         if inner is not None:
             inner(expert, row_R, inner_RI)
-        y_RH = _project(self, "down_proj", expert, inner_RI)
-        if getattr(self, "has_post_expert_norm", False):
-            y_RH = self.post_expert_norm(y_RH)  # type: ignore[operator]
+        y_RH = output_projection(self, expert, inner_RI)
         if watched:
             assert tap is not None
             tap.expert(expert, row_R, x_RH, y_RH)

@@ -15,6 +15,7 @@ from coterie.anatomy import MoELayer
 from coterie.errors import ModelError
 from coterie.experts import forward as experts_forward
 from coterie.experts.mapped import expert_map
+from coterie.profiling.dense import dense_outputs
 from coterie.profiling.observers import ExpertRows, LayerShape, Observer, Routing
 from coterie.profiling.profile import LayerProfile
 from coterie.streaming.lockstep import Batch
@@ -37,6 +38,7 @@ class LayerObservation:
         shape = LayerShape(layer.num_experts, layer.top_k, layer.bank.hidden_size, domains, multiplier)
         self.observers = [cls(shape) for cls in observers]
         self._with_outputs = [o for o in self.observers if o.watches_outputs]
+        self._with_all = [o for o in self.observers if o.watches_all]
         self._with_sum = [o for o in self.observers if o.watches_sum]
         self._needs_residual = any(o.needs_residual for o in self.observers)
         self._normed: dict[int, tuple[Tensor, Tensor]] = {}  # output's address: (input, output) of a norm
@@ -123,6 +125,10 @@ class LayerObservation:
         self._logits_missed |= routing.logits_TE is None
         for observer in self.observers:
             observer.see_routing(routing)
+        if self._with_all:
+            for _, y_ECH in dense_outputs(self.layer, routing.x_TH):
+                for observer in self._with_all:
+                    observer.see_dense(y_ECH)
         return bool(self._with_outputs or self._with_sum)
 
     def expert(self, expert: int, row_R: Tensor, x_RH: Tensor, y_RH: Tensor) -> None:

@@ -76,6 +76,7 @@ class Observer:
 
     fields : {name: "sum", "max", "same", "none" or "with <other>"}: how two profiles of one model are merged. "same" is
         for facts of the weights, "none" for what cannot be merged, "with max_E" means "from the side of larger max_E".
+    watches_all : `see_dense` is wanted, for which every expert runs on every token: E / K times the usual cost.
     needs_logits : the statistic is left out, not zero, where the router shows no logits of all experts.
     needs_residual : `Routing.residual_TH` is wanted.
     needs_text : False for statistics of the weights alone, which need no token to pass. needs_experts : of those, False
@@ -85,6 +86,7 @@ class Observer:
     fields: ClassVar[dict[str, str]] = {}
     watches_outputs: ClassVar[bool] = False
     watches_sum: ClassVar[bool] = False
+    watches_all: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False
     needs_residual: ClassVar[bool] = False
     needs_text: ClassVar[bool] = True
@@ -101,6 +103,12 @@ class Observer:
 
     def see_sum(self, routing: Routing, sum_TH: Tensor) -> None:
         """Called once per batch after all experts ran, only if `watches_sum`: the routed experts' weighted sum."""
+
+    def see_dense(self, y_ETH: Tensor) -> None:
+        """Called once per chunk of tokens, only if `watches_all`: f_e(x) of all experts, float32, before any gate.
+
+        T counts up to all tokens of the text without padding. The tensor is the next chunk's, too: it must not be kept.
+        """
 
     def see_layer(self, layer: MoELayer) -> None:
         """Called once, after the last batch, while the layer is still in memory and whole."""
@@ -328,6 +336,39 @@ class GateRatio(Observer):
         self.gate_ratio_sum_R += ratio_TR.sum(0).cpu()
 
 
+class DenseOutput(Observer):
+    """dense_output_sum_EH: sum of f_e(x) over all tokens that enter the layer, routed to e or not, before the gate."""
+
+    fields = {"dense_output_sum_EH": "sum"}
+    watches_all = True
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.dense_output_sum_EH = torch.zeros(shape.experts, shape.hidden, dtype=torch.float64)
+
+    def see_dense(self, y_ETH: Tensor) -> None:
+        self.dense_output_sum_EH += y_ETH.sum(1, dtype=torch.float64).cpu()
+
+
+class OutputCosine(Observer):
+    """output_cosine_EE: sum of cos(f_i(x), f_j(x)) over all tokens that enter the layer, routed to i and j or not.
+
+    The diagonal counts the tokens, but for those that an expert answers with zeros, which have no cosine and add 0.
+    """
+
+    fields = {"output_cosine_EE": "sum"}
+    watches_all = True
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.output_cosine_EE = torch.zeros(shape.experts, shape.experts, dtype=torch.float64)
+
+    def see_dense(self, y_ETH: Tensor) -> None:
+        for part in torch.split(y_ETH, 16, dim=1):  # few at a time: they are widened to float64
+            unit_EX = torch.nn.functional.normalize(part.double(), dim=-1, eps=1e-300).flatten(1)
+            self.output_cosine_EE += (unit_EX @ unit_EX.T).cpu()
+
+
 OBSERVERS: dict[str, type[Observer]] = {
     cls.__name__: cls
     for cls in (
@@ -343,5 +384,7 @@ OBSERVERS: dict[str, type[Observer]] = {
         InputMoment,
         MaxActivation,
         GateRatio,
+        DenseOutput,
+        OutputCosine,
     )
 }

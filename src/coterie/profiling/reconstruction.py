@@ -16,7 +16,7 @@ expert. A token routed as before costs exactly 0; below some 1e-8 of the layer's
 
 Both work layer by layer on the unpruned model's Z, and do not know who calls them.
 
-Memory while a layer is searched, beside the layer: tokens * (4 H + 8 E^2) bytes and a chunk of `CHUNK_BYTES` of expert
+Memory while a layer is searched, beside the layer: tokens * (4 H + 8 E^2) bytes and 256 MiB of expert
 outputs (tokens * 4 H while the layer runs). At 4096 tokens and H = 2048: 36 MB for 8 experts, 168 MB for 64, 570 MB for
 128, 2.2 GB for 256, each plus the chunk.
 """
@@ -32,7 +32,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,12 +39,12 @@ from coterie.anatomy import MoELayer, narrowed
 from coterie.anatomy.slicing import minimum_keep
 from coterie.errors import ModelError, UsageError
 from coterie.experts.forward import observe
+from coterie.profiling.dense import dense_outputs
 from coterie.profiling.observers import LayerShape, Observer, Routing
+from coterie.profiling.sample import TokenSample
 
 TOKENS = 4096
 MAX_SUBSETS = 5000
-CHUNK_BYTES = 256 * 2**20  # of expert outputs held at a time
-SEED = 0  # of the sample of tokens
 
 Counts = int | tuple[tuple[int, int], ...] | None  # experts that stay: in every layer, as (layer, count), or any number
 
@@ -81,23 +80,14 @@ class Reconstruction(Observer):
 
     def __init__(self, shape: LayerShape) -> None:
         super().__init__(shape)
-        self._random = np.random.default_rng(SEED)
         self._batches = 0
-        self._kept: list[Tensor] = []  # key_T, batch_T, index_TK, weight_TK, x_TH
+        self._kept = TokenSample(self.sample)  # batch_T, index_TK, weight_TK, x_TH
         self._found: dict[str, Tensor] = {}
 
     def see_routing(self, routing: Routing) -> None:
-        T, device = routing.x_TH.shape[0], routing.x_TH.device
-        key_T = torch.from_numpy(self._random.random(T)).to(device)
-        batch_T = torch.full((T,), self._batches, device=device)
+        batch_T = torch.full((routing.x_TH.shape[0],), self._batches, device=routing.x_TH.device)
         self._batches += 1
-        new = [key_T, batch_T, routing.index_TK, routing.weight_TK, routing.x_TH]
-        both = [torch.cat(pair) for pair in zip(self._kept, new, strict=True)] if self._kept else new
-        if len(both[0]) > self.sample:  # the smallest keys are a uniform sample of all tokens so far
-            chosen = both[0] <= both[0].kthvalue(self.sample).values
-            self._kept = [part[chosen] for part in both]
-        else:
-            self._kept = both if self._kept else [part.clone() for part in both]
+        self._kept.add(batch_T, routing.index_TK, routing.weight_TK, routing.x_TH)
 
     @torch.no_grad()
     def see_layer(self, layer: MoELayer) -> None:
@@ -111,11 +101,11 @@ class Reconstruction(Observer):
                 "Search greedily instead (--set search=greedy)."
                 + (" Or compress without a profile, where only one number is tried." if self.keep is None else ""),
             )
-        kept, self._kept = self._kept, []
+        kept = self._kept.take()
         if exact and counts == [E]:
             self._keep_found(subset_names(self.sample), torch.tensor([E]), torch.zeros(1, dtype=torch.float64))
         elif kept:
-            replay = Replay(layer, *kept[1:])
+            replay = Replay(layer, *kept)
             if exact:
                 losses = torch.cat([replay.exact(count) for count in counts])
                 self._keep_found(subset_names(self.sample), torch.tensor(counts), losses)
@@ -348,18 +338,12 @@ class Replay:
 
     def _gram(self) -> Tensor:
         """[T, E, E] float64: inner products of all experts' outputs on each token."""
-        (T, H), E, device = self.x_TH.shape, self.layer.num_experts, self.x_TH.device
-        gram_TEE = torch.empty(T, E, E, dtype=torch.float64, device=device)
-        chunk = max(1, CHUNK_BYTES // (E * H * 4))
-        for start in range(0, T, chunk):
-            x_CH = self.x_TH[start : start + chunk]
-            outputs = _Outputs(len(x_CH), E, H, device)
-            all_CE = torch.arange(E, device=device).expand(len(x_CH), E)
-            with observe(self.layer.experts, outputs):
-                self.layer.experts(x_CH, all_CE, torch.ones_like(all_CE, dtype=x_CH.dtype))
-            for first in range(0, len(x_CH), 16):  # few at a time: they are widened to float64
-                y_REH = outputs.y_TEH[first : first + 16].double()
-                gram_TEE[start + first : start + first + len(y_REH)] = y_REH @ y_REH.mT
+        T, E = len(self.x_TH), self.layer.num_experts
+        gram_TEE = torch.empty(T, E, E, dtype=torch.float64, device=self.x_TH.device)
+        for rows, y_ECH in dense_outputs(self.layer, self.x_TH):
+            for gram_REE, y_ERH in zip(torch.split(gram_TEE[rows], 16), torch.split(y_ECH, 16, dim=1), strict=True):
+                y_REH = y_ERH.movedim(0, 1).double()  # few at a time: they are widened to float64
+                gram_REE.copy_(y_REH @ y_REH.mT)
         return gram_TEE
 
 
@@ -382,21 +366,6 @@ class _Door:
         raise _Arrived
 
     def expert(self, expert: int, row_R: Tensor, x_RH: Tensor, y_RH: Tensor) -> None: ...
-    def combined(self, sum_TH: Tensor) -> None: ...
-
-
-class _Outputs:
-    """Collects the outputs of experts that all run on all tokens."""
-
-    def __init__(self, T: int, E: int, H: int, device: torch.device) -> None:
-        self.y_TEH = torch.empty(T, E, H, dtype=torch.float32, device=device)
-
-    def routed(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> bool:
-        return True
-
-    def expert(self, expert: int, row_R: Tensor, x_RH: Tensor, y_RH: Tensor) -> None:
-        self.y_TEH[:, expert] = y_RH  # rows come in the order of tokens
-
     def combined(self, sum_TH: Tensor) -> None: ...
 
 
