@@ -314,8 +314,8 @@ def _as(moe: MoELayer, method: Method, plan: LayerPlan, stored: Mapping[str, tor
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     if method.rebuilds or method.ranks(moe):
         saved = [(p.data, p.detach().clone()) for p in moe.experts.parameters(recurse=False)]
-        method.rebuild(moe.bank, plan)
         factors = method.factor(moe.bank, plan)
+        method.rebuild(moe.bank, plan)
         if factors is not None:
             put_back_dense(moe.bank, plan.keep, factors)
     try:

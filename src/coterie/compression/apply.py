@@ -95,9 +95,9 @@ class Output(Rewrite):
         only written, from where it lies. seen : what the method looked at once more (`Method.looks_again`).
         """
         layer = self.streamed.moe[plan.index]
+        factors = self.method.factor(layer.bank, plan, seen)
         figures = self.method.rebuild(layer.bank, plan, seen) if self.method.rebuilds else {}
         stored = {name: self.streamed.retained.pop(name) for name in self.touched[plan.index]}
-        factors = self.method.factor(layer.bank, plan, seen)
         rows = router_rows(self.method, layer, stored, plan)
         state: dict[str, Tensor] = {}
         dims = slice_names(layer)

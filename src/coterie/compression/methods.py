@@ -107,7 +107,10 @@ class Method(BaseModel):
     def factor(
         self, experts: ExpertBank, plan: LayerPlan, seen: LayerProfile | None = None
     ) -> dict[str, Tensor] | None:
-        """Factors of the kept experts after `rebuild`, as `factor_p_a` [K, O, r] and `factor_p_b` [K, r, I]."""
+        """Factors that take the place of the kept experts' matrices: `factor_p_a` [K, O, r], `factor_p_b` [K, r, I].
+
+        Called before `rebuild`; what `rebuild` makes of the matrices is then not written, only of the biases.
+        """
         return None
 
     def router_rows(self, rows: dict[str, Tensor], plan: LayerPlan) -> dict[str, Tensor]:

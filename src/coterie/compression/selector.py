@@ -264,6 +264,24 @@ def select_global(scores: Mapping[int, Tensor], moe: Mapping[int, MoELayer], bud
     return {index: sorted(experts) for index, experts in keep.items()}
 
 
+def count_of(budget: Budget, layer: MoELayer) -> int:
+    """Experts one layer has on average under a budget that a method shares out over the layers by itself."""
+    if budget.target_bytes is not None:
+        raise UsageError(
+            "a method that gives layers different numbers of experts takes a share or a number of them",
+            "Use --keep or --keep-experts, or let every layer keep as many (see `coterie methods` for the parameter).",
+        )
+    E = layer.num_experts
+    wanted = int(E * budget.keep + 0.5) if budget.keep is not None else budget.keep_experts or 0
+    if not 1 <= wanted <= E:
+        raise UsageError(
+            f"cannot keep {wanted} of {E} experts in layer {layer.index}", f"Keep 1 to {E} (--keep-experts)."
+        )
+    if wanted < E and layer.router_size != E:
+        _check_count(wanted, layer)  # refuses
+    return wanted
+
+
 def global_count(budget: Budget, moe: Mapping[int, MoELayer], total: int) -> int:
     if budget.keep is not None:
         return int(total * budget.keep + 0.5)
