@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import coterie
 from coterie.anatomy import ExpertWeights, moe_layers
-from coterie.compression.alignment import aligned, match_neurons, matching_II, reordered, weighted_mean
+from coterie.compression.alignment import aligned, match_neurons, matching_II, reordered
 from coterie.compression.clustering import k_means, spectral_embedding
+from coterie.compression.merging.operators import weighted_mean
 from coterie.compression.merging.uncurl import Uncurl
 from coterie.compression.methods import get_method
 from coterie.compression.plan import LayerPlan

@@ -10,9 +10,6 @@ assignment problem.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
-
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -51,17 +48,3 @@ def reordered(expert: ExpertWeights, order_I: Tensor) -> ExpertWeights:
 def aligned(reference: ExpertWeights, other: ExpertWeights) -> ExpertWeights:
     """`other` with its neurons in the reference's order."""
     return reordered(other, match_neurons(reference, other))
-
-
-def weighted_mean(experts: Sequence[ExpertWeights], weights: Sequence[float]) -> ExpertWeights:
-    """sum_y w_y E_y / sum_y w_y of every weight and bias, in float32; uniform if all weights are 0."""
-    total = sum(weights)
-    shares = [w / total for w in weights] if total > 0 else [1 / len(experts)] * len(experts)
-    mean = {}
-    for entry in fields(ExpertWeights):
-        parts = [getattr(expert, entry.name) for expert in experts]
-        if parts[0] is not None:
-            mean[entry.name] = torch.zeros_like(parts[0], dtype=torch.float32)
-            for part, share in zip(parts, shares, strict=True):
-                mean[entry.name].add_(part.float(), alpha=share)
-    return ExpertWeights(**mean)

@@ -27,8 +27,9 @@ from pydantic import Field
 from torch import Tensor
 
 from coterie.anatomy import ExpertBank, MoELayer
-from coterie.compression.alignment import aligned, weighted_mean
+from coterie.compression.alignment import aligned
 from coterie.compression.clustering import k_means, spectral_embedding
+from coterie.compression.merging.operators import weighted_mean
 from coterie.compression.methods import Method, Pick, method
 from coterie.compression.plan import LayerPlan
 from coterie.compression.selector import Budget
