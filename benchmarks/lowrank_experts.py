@@ -16,6 +16,7 @@ and the time is reading weights: there bytes count.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -113,7 +114,7 @@ def layer(name: str, shape: tuple[int, int, int, int], given: argparse.Namespace
         x = torch.randn(tokens, hidden, generator=generator, dtype=torch.float32).to(dtype)
         index = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(tokens)])
         weight = torch.full((tokens, top_k), 1 / top_k, dtype=dtype)
-        calls = {told: (lambda m=module: m(x, index, weight)) for told, module in variants.items()}
+        calls = {told: functools.partial(module, x, index, weight) for told, module in variants.items()}
         with torch.no_grad():
             seconds = medians(calls, given.rounds)
         for told, module in variants.items():

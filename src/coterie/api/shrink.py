@@ -124,6 +124,13 @@ def prepare(
         return _prepare_sparsifier(
             model, chosen, method, runtime, data, seed, text, budget, profile=profile, plan=plan, propagate=propagate
         )
+    if chosen.keeps_all:
+        if said := [key for key, value in budget.items() if value not in (_NO_BUDGET.get(key), [])]:
+            named = ", ".join("--" + key.replace("_", "-") for key in said)
+            raise UsageError(
+                f"{method} removes no expert: {named} would be ignored", f"See `coterie methods {method}` instead."
+            )
+        budget = {} if ready_plan else {"keep": 1.0}
     streamed = runtime.open(model)
     how_much = None if ready_plan else budget_of(streamed, **budget)
     found = None

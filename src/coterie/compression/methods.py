@@ -132,6 +132,11 @@ class Method(BaseModel):
         return type(self).rebuild is not Method.rebuild
 
     @property
+    def keeps_all(self) -> bool:
+        """Does every expert stay, whatever becomes of it? Then a budget says nothing."""
+        return False
+
+    @property
     def allocates(self) -> bool:
         """Does it give layers different numbers of experts of its own accord? `pick_all` is then called."""
         return False

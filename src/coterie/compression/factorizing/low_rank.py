@@ -17,7 +17,7 @@ from torch import Tensor
 
 from coterie.anatomy import ExpertBank, MoELayer
 from coterie.anatomy.forms import projection_shapes
-from coterie.compression.merging.operators import MATRIX, factorise, ranks_of, stable_rank
+from coterie.compression.merging.operators import MATRIX, factorise, ranks_of
 from coterie.compression.methods import Method, Pick, method
 from coterie.compression.plan import LayerPlan
 from coterie.compression.selector import Budget
@@ -38,6 +38,10 @@ class LowRank(Method):
         if self.rank is not None and self.save is not None:
             raise ValueError("a rank and a share to save both decide: give one of them")
         return self
+
+    @property
+    def keeps_all(self) -> bool:
+        return True
 
     def pick(self, layer: LayerProfile, moe: MoELayer, count: int, budget: Budget) -> Pick:
         return Pick(list(range(moe.num_experts)), torch.zeros(0))

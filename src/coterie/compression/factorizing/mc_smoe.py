@@ -79,5 +79,5 @@ def staying(scores: dict[str, Tensor], share: float) -> dict[str, Tensor]:
         raise ModelError("the sensitivity of a row of an expert is no number", "Lower the rate.")
     kept_N = torch.zeros(len(every_N), dtype=torch.bool)
     kept_N[every_N.argsort(descending=True, stable=True)[: round(share * len(every_N))]] = True
-    parts = kept_N.split([score_N.numel() for score_N in scores.values()])
+    parts = torch.split(kept_N, [score_N.numel() for score_N in scores.values()])
     return dict(zip(scores, parts, strict=True))

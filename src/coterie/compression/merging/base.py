@@ -33,7 +33,7 @@ from coterie.compression.selector import Budget, equal_groups
 from coterie.errors import UsageError
 from coterie.profiling.observers import Observer
 from coterie.profiling.profile import LayerProfile
-from coterie.profiling.sample import InputSample
+from coterie.profiling.sample import input_sample
 
 SAMPLE = 512  # tokens on which activations are matched
 
@@ -91,7 +91,7 @@ class Merger(Method):
         return self.align == "activations"
 
     def looks_again(self, plan: LayerPlan) -> tuple[type[Observer], ...]:
-        return (InputSample(SAMPLE),) if self.align == "activations" else ()
+        return (input_sample(SAMPLE),) if self.align == "activations" else ()
 
     def stored(self, count: int, moe: MoELayer) -> int:
         return moe.num_experts if self.router == "duplicated" else count
@@ -177,14 +177,15 @@ class Merger(Method):
 
     def router_rows(self, rows: dict[str, Tensor], plan: LayerPlan) -> dict[str, Tensor]:
         clusters = list(clusters_of(plan).values())
-        return {name: torch.stack([old[c].float().mean(0) for c in clusters]).to(old.dtype) for name, old in rows.items()}
+        means = {name: torch.stack([old[c].float().mean(0) for c in clusters]) for name, old in rows.items()}
+        return {name: mean.to(rows[name].dtype) for name, mean in means.items()}
 
     def notes(self) -> list[str]:
         if self.router == "reduced":
-            return ["the router was cut to one row for each cluster, which no merging paper does: heal it (coterie heal)"]
-        return ["every member of a cluster was written: the checkpoint is as large as before"] * (
-            self.router == "duplicated"
-        )
+            return ["the router was cut to one row for each cluster, which no merging paper does: coterie heal helps"]
+        if self.router == "duplicated":
+            return ["every member of a cluster was written: the checkpoint is as large as before"]
+        return []
 
 
 def clusters_of(plan: LayerPlan) -> dict[int, list[int]]:

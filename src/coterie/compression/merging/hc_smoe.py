@@ -23,7 +23,7 @@ from torch import Tensor
 from coterie.compression.clustering import Linkage, hierarchical, members_of
 from coterie.compression.merging.base import Merger
 from coterie.compression.methods import method
-from coterie.compression.similarity import DISTANCES, Distance
+from coterie.compression.similarity import SIMILARITIES, Similarity
 from coterie.profiling.observers import Observer, SelectionCount
 from coterie.profiling.profile import LayerProfile
 
@@ -33,16 +33,16 @@ class HcSmoe(Merger):
     """Merge experts with like mean outputs, by hierarchical clustering, without retraining."""
 
     linkage: Linkage = Field("average", description="Distance of two clusters; the paper finds average best.")
-    distance: Distance = Field("outputs", description="What is compared; the paper finds mean outputs best.")
+    similarity: Similarity = Field("mean-outputs", description="What is compared; the paper finds mean outputs best.")
 
     def observes(self) -> tuple[type[Observer], ...]:
-        return tuple(dict.fromkeys((SelectionCount, *DISTANCES[self.distance].observers)))
+        return tuple(dict.fromkeys((SelectionCount, *SIMILARITIES[self.similarity].observes)))
 
     def clusters(
         self, layer: LayerProfile, experts: Sequence[int], count: int, alone: Collection[int]
     ) -> list[list[int]]:
         inside = list(experts)
-        distance_EE: Tensor = DISTANCES[self.distance].of(layer)[inside][:, inside]
+        distance_EE: Tensor = SIMILARITIES[self.similarity].distance(layer)[inside][:, inside]
         labels = hierarchical(
             distance_EE,
             count,

@@ -57,7 +57,7 @@ class MSmoe(Merger):
         return self.ratio == "adaptive"
 
     def observes(self) -> tuple[type[Observer], ...]:
-        return tuple(dict.fromkeys((SelectionCount, *SIMILARITIES[self.similarity].observers)))
+        return tuple(dict.fromkeys((SelectionCount, *SIMILARITIES[self.similarity].observes)))
 
     def check_spread(self, moe: Mapping[int, MoELayer], budget: Budget) -> None:
         if self.ratio == "uniform":
@@ -85,7 +85,8 @@ class MSmoe(Merger):
     def clusters(
         self, layer: LayerProfile, experts: Sequence[int], count: int, alone: Collection[int]
     ) -> list[list[int]]:
-        chosen = dominant_experts({0: layer.count_E[list(experts)]}, {0: count}, scope="uniform", protected={0: [e - experts[0] for e in alone]})
+        protected = {0: [list(experts).index(e) for e in alone]}
+        chosen = dominant_experts({0: layer.count_E[list(experts)]}, {0: count}, scope="uniform", protected=protected)
         return self._around(layer, [experts[i] for i in chosen[0]], alone, experts)
 
     def _around(
@@ -93,7 +94,7 @@ class MSmoe(Merger):
     ) -> list[list[int]]:
         """The groups that form around the dominant experts."""
         inside = list(range(layer.experts)) if experts is None else list(experts)
-        similarity_EE: Tensor = SIMILARITIES[self.similarity].of(layer)[inside][:, inside]
+        similarity_EE: Tensor = SIMILARITIES[self.similarity].similarity(layer)[inside][:, inside]
         labels = around(
             similarity_EE,
             [inside.index(e) for e in dominant],

@@ -35,6 +35,7 @@ from coterie.errors import UsageError
 from coterie.profiling.profile import LayerProfile
 
 MATRICES = ("gate_IH", "up_IH", "down_HI")
+MATRIX = {"gate": "gate_IH", "up": "up_IH", "down": "down_HI"}  # by the names of stored projections
 COLUMNS = 512  # of a matrix that are widened and multiplied at a time
 
 # -- whole experts ------------------------------------------------------------------------------------------------
@@ -101,6 +102,29 @@ def rank_for(ratio: float, O: int, I: int) -> int:
             f"A rank must be 1 to {min(O, I)}; use a ratio from 0 to {1 - (O + I) / (O * I):.3g}.",
         )
     return rank
+
+
+def ranks_of(shapes: Mapping[str, tuple[int, int]], rank: int | None, save: float | None, layer: int) -> dict[str, int]:
+    """The rank of each projection {name: (O, I)} of a layer: `rank`, or the one that saves a share of its numbers."""
+    if rank is None:
+        assert save is not None
+        return {name: rank_for(save, *shape) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        if not 1 <= rank <= min(shape):
+            raise UsageError(
+                f"rank {rank} is above the full rank of {name} in layer {layer}, which is {shape[0]} x {shape[1]}",
+                f"Use 1 to {min(min(s) for s in shapes.values())}.",
+            )
+    return dict.fromkeys(shapes, rank)
+
+
+def as_factors(matrix: Factors | Tensor) -> Factors:
+    """A matrix that was left whole as a product too: itself times the identity on its narrow side."""
+    if isinstance(matrix, Factors):
+        return matrix
+    O, I = matrix.shape
+    identity = torch.eye(min(O, I), dtype=matrix.dtype, device=matrix.device)
+    return Factors(identity, matrix) if O <= I else Factors(matrix, identity)
 
 
 def factorise(weight_OI: Tensor, rank: int) -> Factors:

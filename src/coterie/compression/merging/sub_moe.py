@@ -1,4 +1,4 @@
-"""Sub-MoE: cluster experts by what they put out, merge each cluster in the subspace its members share (arXiv:2506.23266).
+"""Sub-MoE: cluster experts by what they put out, merge each cluster in a shared subspace (arXiv:2506.23266).
 
 Training-free; layers whose experts are alike end with fewer of them. Every token goes through every expert:
 
@@ -33,9 +33,10 @@ from coterie.compression.merging.operators import MATRIX, as_factors, moments_of
 from coterie.compression.methods import Pick, method
 from coterie.compression.plan import LayerPlan
 from coterie.compression.selector import Budget, count_of
+from coterie.compression.similarity import SIMILARITIES, Similarity
 from coterie.errors import UsageError
 from coterie.profiling.moments import InputSecondMoment, OutputSecondMoment
-from coterie.profiling.observers import Observer, OutputCosine, SelectionCount
+from coterie.profiling.observers import Observer, SelectionCount
 from coterie.profiling.profile import LayerProfile
 
 
@@ -43,6 +44,7 @@ from coterie.profiling.profile import LayerProfile
 class SubMoe(Merger):
     """Merge experts with like outputs, layers sharing a budget, in a common subspace if truncated."""
 
+    similarity: Similarity = Field("outputs", description="What is compared: the cosine of outputs, token by token.")
     window: int = Field(
         2, ge=0, description="Consecutive layers that share their budget; 1: every layer keeps as many, 0: all layers."
     )
@@ -69,7 +71,7 @@ class SubMoe(Merger):
         return super().sees_twice or (self.whiten and self.truncates)
 
     def observes(self) -> tuple[type[Observer], ...]:
-        return (SelectionCount, OutputCosine)
+        return tuple(dict.fromkeys((SelectionCount, *SIMILARITIES[self.similarity].observes)))
 
     def looks_again(self, plan: LayerPlan) -> tuple[type[Observer], ...]:
         more = (SelectionCount, InputSecondMoment, OutputSecondMoment) if self.whiten and self.truncates else ()
@@ -102,7 +104,9 @@ class SubMoe(Merger):
     ) -> dict[int, Pick]:
         merged = [i for i in moe if budget.prunes(i)]
         alone = {i: [e for index, e in budget.protect if index == i] for i in moe}
-        curves = {i: inertia_curve(self._gram(layers[i]), self.seed, alone=alone[i], max_size=self.max_size) for i in merged}
+        curves = {
+            i: inertia_curve(self._gram(layers[i]), self.seed, alone=alone[i], max_size=self.max_size) for i in merged
+        }
         counts = {i: layer.num_experts for i, layer in moe.items()}
         counts |= allocate(
             curves,
@@ -113,7 +117,7 @@ class SubMoe(Merger):
         return {i: self.pick(layers[i], moe[i], counts[i], budget) for i in moe}
 
     def _gram(self, layer: LayerProfile) -> Tensor:
-        return layer.output_cosine_EE / max(layer.tokens, 1)
+        return SIMILARITIES[self.similarity].gram(layer)
 
     # -- the subspace
 
@@ -142,7 +146,7 @@ class SubMoe(Merger):
                 moments=moments_of(seen, members) if seen is not None and self.whiten else None,
                 damping=self.damping,
             )
-            own = {}
+            own: dict[str, Tensor] = {}
             for p in shapes:
                 left_OR, right_RI = as_factors(merged[MATRIX[p]])
                 own |= {f"factor_{p}_a": left_OR.to(dtype), f"factor_{p}_b": right_RI.to(dtype)}
