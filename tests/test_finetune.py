@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import coterie
 from coterie.anatomy import moe_layers, slice_names
 from coterie.errors import UsageError
-from coterie.training.finetune import router_parameters
+from coterie.training.trainer import router_parameters
 from families import FAMILIES, FEW, each_tensor, resident, saved, tiny, tokens
 from inprocess import cli
 

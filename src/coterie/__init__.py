@@ -20,6 +20,7 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "heal",
     "load",
     "match_pattern",
     "plan",

@@ -183,6 +183,20 @@ def held_out(data: TokenData, samples: int) -> tuple[TokenData, TokenData]:
     return halves[0], halves[1]
 
 
+def together(*parts: TokenData) -> TokenData:
+    """Samples of several sets with the same domains as one, in order: what `held_out` took apart."""
+    batches = [batch for data in parts for batch in data.batches]
+    domains = parts[0].domains
+    tokens = {domain: sum(data.tokens[domain] for data in parts) for domain in domains}
+    return TokenData(batches, domains, _digest(batches, domains), tokens, parts[0].warnings, parts[0].sources)
+
+
+def sample_key(ids_L: Tensor, mask_L: Tensor | None = None) -> str:
+    """Identity of one sample: of its real tokens, however it is padded, batched or shuffled."""
+    real = ids_L if mask_L is None else ids_L[mask_L.bool()]
+    return hashlib.sha256(real.long().cpu().numpy().tobytes()).hexdigest()[:32]
+
+
 def load_tokens(file: Path, batch_size: int | None = None) -> TokenData:
     """Ready token ids: a safetensors file with `input_ids` [B, L] int64 and optionally `attention_mask` [B, L]."""
     from safetensors import SafetensorError

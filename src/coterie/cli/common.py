@@ -133,6 +133,11 @@ def quiet(verbose: bool) -> None:
         warnings.filterwarnings("ignore")
 
 
+def helps_only() -> bool:
+    """Is this one of several processes (torchrun, accelerate) and not the first? It has nothing to say."""
+    return os.environ.get("RANK", "0") != "0"
+
+
 def say(text: str, *, style: str = "") -> None:
     """A note to the person at the terminal; never mixed into results."""
     notes.print(text, style=style, highlight=False)

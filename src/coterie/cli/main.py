@@ -13,6 +13,7 @@ from coterie.cli.demo import demo
 from coterie.cli.evaluate import evaluate
 from coterie.cli.export import export
 from coterie.cli.finetune import finetune
+from coterie.cli.heal import heal
 from coterie.cli.inspect import inspect
 from coterie.cli.methods import methods
 from coterie.cli.patterns import patterns
@@ -56,7 +57,7 @@ def root(
     """
 
 
-for _verb in (inspect, profile, plan, compress, compare, evaluate, export, finetune, methods, demo):
+for _verb in (inspect, profile, plan, compress, compare, evaluate, export, finetune, heal, methods, demo):
     app.command(no_args_is_help=_verb not in (methods, demo))(_verb)
 
 app.add_typer(analyze, name="analyze")

@@ -1,29 +1,41 @@
 """Fine-tune a checkpoint in two phases: routers alone, then everything. What a compression with new routers needs.
 
 A thin recipe on the Hugging Face Trainer, which does the optimiser, schedule, checkpoints, resuming and devices. The
-model is whole in memory and trains in float32; the result is stored in the checkpoint's own dtype.
+model is whole in memory and trains in float32; the result is stored in the checkpoint's own dtypes.
 """
-
-# B batch, L sequence
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM
 
-from coterie.anatomy import moe_layers, slice_names
-from coterie.errors import ModelError, UsageError
-from coterie.streaming.writer import Workspace, copy_small_files, write_json
+from coterie.anatomy import moe_layers
+from coterie.errors import UsageError
+from coterie.streaming.checkpoint import Checkpoint
+from coterie.streaming.model import StreamedModel
+from coterie.streaming.writer import write_json
 from coterie.text import TokenData
+from coterie.training.trainer import (
+    OnLog,
+    PlainTrainer,
+    Rows,
+    Told,
+    last_checkpoint,
+    learning,
+    no_denormals,
+    processes,
+    restore,
+    router_parameters,
+    shared_workspace,
+    training_arguments,
+    write_trained,
+)
 
 
 @dataclass(frozen=True)
@@ -48,43 +60,14 @@ class Schedule:
 
 @dataclass
 class FineTuned:
-    """What a fine-tuning did. losses : mean loss on the held-out text before, after the routers, and at the end."""
+    """What a fine-tuning did. losses : mean loss on the held-out text before, after the routers, and at the end.
+    main : False in the processes that only helped; they have written nothing."""
 
     out: Path
     losses: dict[str, float] = field(default_factory=dict)
     trained: dict[str, int] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
-
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class _Rows(Dataset[dict[str, Tensor]]):
-    """Sequences as the Trainer takes them; padding has no label."""
-
-    def __init__(self, data: TokenData) -> None:
-        self.rows: list[dict[str, Tensor]] = []
-        for batch in data.batches:
-            mask_BL = batch.mask_BL if batch.mask_BL is not None else torch.ones_like(batch.ids_BL, dtype=torch.bool)
-            for ids_L, mask_L in zip(batch.ids_BL, mask_BL, strict=True):
-                labels_L = ids_L.masked_fill(~mask_L, -100)
-                self.rows.append({"input_ids": ids_L, "attention_mask": mask_L.long(), "labels": labels_L})
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        return self.rows[number]
-
-
-def router_parameters(model: nn.Module) -> list[str]:
-    """Names of everything that decides where tokens go: parameters with one entry per expert outside of the experts,
-    and whatever else a router owns."""
-    names: set[str] = set()
-    for layer in moe_layers(model):
-        names |= {name for name in slice_names(layer) if not name.startswith(f"{layer.experts_name}.")}
-        names |= {f"{layer.router_name}.{name}" for name, _ in layer.router.named_parameters()}
-    return [name for name, _ in model.named_parameters() if name in names]
+    main: bool = True
 
 
 def finetune(
@@ -97,7 +80,7 @@ def finetune(
     device: str = "cpu",
     seed: int = 0,
     overwrite: bool = False,
-    on_log: Callable[[str, int, int, float], None] = lambda phase, step, steps, loss: None,
+    on_log: OnLog = lambda phase, step, steps, loss: None,
 ) -> FineTuned:
     """Train the checkpoint in `folder` and write the result to `out`.
 
@@ -109,26 +92,20 @@ def finetune(
     A killed run, started again, goes on from its last saved step. Raises UsageError where there is nothing to do,
     ModelError if the loss is no number. Peak memory: weights, gradients and two moments in float32.
     """
-    from transformers import AutoModelForCausalLM
-
     schedule = schedule or Schedule()
     if schedule.router_steps + schedule.steps == 0:
         raise UsageError("no steps to train", "Give --router-steps or --steps.")
+    team = processes(device)
+    student = StreamedModel(Checkpoint.open(folder), device=device)
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     job = {"finetune": stored, "data": data.digest, "schedule": asdict(schedule), "seed": seed}
-    with Workspace(out, json.loads(json.dumps(job, default=str)), overwrite=overwrite) as work, _no_denormals():
+    job = json.loads(json.dumps(job, default=str))
+    with shared_workspace(out, job, team=team, overwrite=overwrite) as (place, work), no_denormals():
         torch.manual_seed(seed)
-        done = {line["phase"]: line for line in work.journal()}
-        start = work.folder / "routers" / "done" if "routers" in done else folder
-        model = AutoModelForCausalLM.from_pretrained(start, dtype="auto")
-        dtype = _DTYPES[next(iter(done.values()))["dtype"]] if done else next(model.parameters()).dtype
-        model = model.float().to(device)
-        own = _settings(model)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         balance = _balance(model, schedule.balance)
-        result = FineTuned(out)
-        for line in done.values():
-            result.losses |= line["losses"]
-        test = _Rows(held_out) if held_out is not None else None
+        result = FineTuned(out, main=team.is_main_process)
+        test = Rows(held_out) if held_out is not None else None
         routers = set(router_parameters(model))
         result.trained = {
             "routers": sum(p.numel() for n, p in model.named_parameters() if n in routers),
@@ -138,118 +115,56 @@ def finetune(
             ("routers", schedule.router_steps, schedule.router_rate, routers),
             ("all", schedule.steps, schedule.rate, None),
         ]
+        trained: set[str] = set()
         for phase, steps, rate, names in phases:
-            if not steps or phase in done:
+            if not steps:
                 continue
-            kept = sorted((work.folder / phase).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-            if kept:  # the Trainer would look for fused experts by their names in memory and silently skip them
-                model.load_state_dict(AutoModelForCausalLM.from_pretrained(kept[-1], dtype=torch.float32).state_dict())
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(names is None or name in names)
-            trainer = _trainer(
-                model, work.folder / phase, data, test, schedule, steps, rate, device, seed, on_log, phase
+            trained |= learning(model)
+            arguments = training_arguments(
+                place / phase,
+                steps=steps,
+                rate=rate,
+                batch_size=schedule.batch_size,
+                warmup=schedule.warmup,
+                weight_decay=schedule.weight_decay,
+                device=device,
+                seed=seed,
             )
+            trainer = PlainTrainer(model, arguments, Rows(data), test, [Told(phase, on_log)])
+            done = place / phase / "done"
+            if (done / "losses.json").exists():
+                restore(trainer.trained_state(), done / "trained.safetensors")
+                result.losses = json.loads((done / "losses.json").read_text(encoding="utf-8"))
+                continue
             if test is not None and "before" not in result.losses:
-                result.losses["before"] = _loss(trainer)
-            trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
+                result.losses["before"] = trainer.held_out()["loss"]
+            trainer.train(resume_from_checkpoint=last_checkpoint(place / phase))
             if test is not None:
-                result.losses[phase] = _loss(trainer)
-            if phase != phases[-1][0]:  # a restart need not train it again
-                model.save_pretrained(work.folder / phase / "done")
-                work.record({"phase": phase, "losses": result.losses, "dtype": str(dtype).removeprefix("torch.")})
-        for name, value in own.items():
-            setattr(model.config.get_text_config(decoder=True), name, value)
-        final = work.folder / "model"
-        model.to(dtype).save_pretrained(final)
-        for file in sorted(final.iterdir()):
-            file.replace(work.folder / file.name)
-        files = [file.name for file in sorted(work.folder.iterdir()) if file.suffix in (".safetensors", ".json")]
-        files = [name for name in files if name != "job.json"]
-        files += copy_small_files(folder, work.folder, but=[*files, "job.json"])
-        result.record = {
-            "finetuned": folder.name,
-            "schedule": asdict(schedule),
-            "balance": balance,
-            "data_digest": data.digest,
-            "tokens": data.tokens,
-            "losses": result.losses,
-            "trained": result.trained,
-            "seed": seed,
-            "versions": {n: importlib.metadata.version(n) for n in ("coterie", "torch", "transformers", "accelerate")},
-        }
-        write_json(work.folder / "coterie.json", result.record)
-        work.publish(sorted({*files, "coterie.json"}))
+                result.losses[phase] = trainer.held_out()["loss"]
+            if work is not None:  # a restart need not train it again
+                trainer.save_model(str(done))
+                write_json(done / "losses.json", result.losses)
+                work.record({"phase": phase})
+        if work is not None:
+            files = write_trained(model, trained, student, place)
+            result.record = {
+                "finetuned": folder.name,
+                "schedule": asdict(schedule),
+                "balance": balance,
+                "data_digest": data.digest,
+                "tokens": data.tokens,
+                "losses": result.losses,
+                "trained": result.trained,
+                "seed": seed,
+                "versions": {
+                    n: importlib.metadata.version(n) for n in ("coterie", "torch", "transformers", "accelerate")
+                },
+            }
+            write_json(place / "coterie.json", result.record)
+            work.publish([*files, "coterie.json"])
     return result
-
-
-def _trainer(
-    model: Any,
-    folder: Path,
-    data: TokenData,
-    test: _Rows | None,
-    schedule: Schedule,
-    steps: int,
-    rate: float,
-    device: str,
-    seed: int,
-    on_log: Callable[[str, int, int, float], None],
-    phase: str,
-) -> Any:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    class Told(TrainerCallback):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if logs and "loss" in logs:
-                if not torch.isfinite(torch.tensor(float(logs["loss"]))):
-                    raise ModelError(f"the loss is {logs['loss']} after {state.global_step} steps", "Lower the rate.")
-                on_log(phase, state.global_step, steps, float(logs["loss"]))
-
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        learning_rate=rate,
-        lr_scheduler_type="linear",
-        warmup_steps=round(schedule.warmup * steps),
-        weight_decay=schedule.weight_decay,
-        max_grad_norm=1.0,
-        adam_beta2=0.95,
-        per_device_train_batch_size=schedule.batch_size,
-        per_device_eval_batch_size=schedule.batch_size,
-        logging_steps=max(1, steps // 50),
-        save_steps=max(10, steps // 5),
-        save_total_limit=1,
-        seed=seed,
-        use_cpu=device == "cpu",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        prediction_loss_only=True,
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=_Rows(data), eval_dataset=test, callbacks=[Told()])
-    from transformers import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)  # progress is the caller's business
-    return trainer
-
-
-def _loss(trainer: Any) -> float:
-    """Mean loss on the held-out text, without the load-balancing part."""
-    config = trainer.model.config.get_text_config(decoder=True)
-    before = getattr(config, "output_router_logits", None)
-    if before is not None:
-        config.output_router_logits = False
-    loss = float(trainer.evaluate()["eval_loss"])
-    if before is not None:
-        config.output_router_logits = before
-    return loss
-
-
-def _settings(model: Any) -> dict[str, Any]:
-    """What training changes in a config, to be put back before the model is saved."""
-    config = model.config.get_text_config(decoder=True)
-    names = ("output_router_logits", "router_aux_loss_coef", "use_cache")
-    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 def _balance(model: Any, weight: float) -> float:
@@ -262,13 +177,3 @@ def _balance(model: Any, weight: float) -> float:
     config.output_router_logits, config.router_aux_loss_coef = True, weight
     model.router_aux_loss_coef = weight
     return weight
-
-
-@contextlib.contextmanager
-def _no_denormals() -> Iterator[None]:
-    """CPU training slows down several times once weights' moments become denormal numbers."""
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
