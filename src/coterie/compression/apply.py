@@ -60,8 +60,9 @@ class Output(Rewrite):
         self.removed = sum(self.before.values()) - sum(counts.values())
         if self.removed:
             refuse_unsliceable(streamed.model)
-        self.touched, fresh = self._replaced(streamed)
-        super().__init__(streamed, folder, self.touched, fresh, shard_bytes, self._orphan(streamed))
+        self.rows: dict[int, dict[str, int]] = {}  # of sparse parts that were not there before
+        self.touched, self.fresh = self._replaced(streamed)
+        super().__init__(streamed, folder, self.touched, self.fresh, shard_bytes, self._orphan(streamed))
         if any(self._orphan(streamed)(key) for key in streamed.checkpoint.tensors):
             self.notes.append(
                 "extra prediction layers (multi-token prediction) were left out: their experts do not fit"
@@ -160,7 +161,11 @@ class Output(Rewrite):
         config = with_expert_counts(raw, self.streamed.config, max(self.routers.values()), routers, version)
         forms = {}
         for index, form in self.forms.items():
-            changed = {"map": maps[index] or form.map, "ranks": self.ranks[index] or form.ranks, "rows": form.rows}
+            changed = {
+                "map": maps[index] or form.map,
+                "ranks": self.ranks[index] or form.ranks,
+                "rows": self.rows.get(index) or form.rows,
+            }
             forms[index] = Form.model_validate(changed)
         return with_forms(config, forms, version)
 
