@@ -28,11 +28,12 @@ from torch import Tensor
 
 from coterie.anatomy import ExpertBank, MoELayer
 from coterie.compression.alignment import aligned
-from coterie.compression.clustering import k_means, spectral_embedding
+from coterie.compression.clustering import k_means, members_of, spectral_embedding
 from coterie.compression.merging.operators import weighted_mean
 from coterie.compression.methods import Method, Pick, method
 from coterie.compression.plan import LayerPlan
 from coterie.compression.selector import Budget
+from coterie.compression.similarity import router_logits
 from coterie.errors import UsageError
 from coterie.profiling.observers import Observer, RouterGram, SelectionCount
 from coterie.profiling.profile import LayerProfile
@@ -80,19 +81,14 @@ class Uncurl(Method):
                     "Raise the budget or protect fewer experts.",
                 )
             inside_EE = similarity_EE[others][:, others]
-            labels = k_means(spectral_embedding(inside_EE, wanted), wanted, self.seed)
-            for label in range(wanted):
-                members = [int(e) for e, own in zip(others, labels, strict=True) if own == label]
+            for own in members_of(k_means(spectral_embedding(inside_EE, wanted), wanted, self.seed)):
+                members = [int(e) for e in others[own]]
                 found[max(members, key=lambda e: (int(layer.count_E[e]), -e))] = members
         return found
 
     def similarity(self, layer: LayerProfile) -> Tensor:
         """S [E, E] in [0, 1]: 1 for proportional logits, 0 for opposite ones."""
-        gram_EE = layer.router_gram_EE
-        if self.center:
-            gram_EE = gram_EE - torch.outer(layer.router_sum_E, layer.router_sum_E) / max(layer.tokens, 1)
-        norm_E = gram_EE.diagonal().clamp(min=1e-12).sqrt()
-        return ((1 + gram_EE / torch.outer(norm_E, norm_E)) / 2).clamp(0, 1).fill_diagonal_(1.0)
+        return (1 + router_logits(layer, centred=self.center)) / 2
 
     def rebuild(self, experts: ExpertBank, plan: LayerPlan, seen: LayerProfile | None = None) -> dict[str, float]:
         merged = 0
