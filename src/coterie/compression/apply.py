@@ -161,12 +161,8 @@ class Output(Rewrite):
         config = with_expert_counts(raw, self.streamed.config, max(self.routers.values()), routers, version)
         forms = {}
         for index, form in self.forms.items():
-            changed = {
-                "map": maps[index] or form.map,
-                "ranks": self.ranks[index] or form.ranks,
-                "rows": self.rows.get(index) or form.rows,
-            }
-            forms[index] = Form.model_validate(changed)
+            ranks, rows = self.ranks[index] or form.ranks, self.rows.get(index) or form.rows
+            forms[index] = Form.model_validate({"map": maps[index] or form.map, "ranks": ranks, "rows": rows})
         return with_forms(config, forms, version)
 
     def _write_text(self, name: str, text: str) -> None:

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from coterie.anatomy import ExpertBank, ExpertWeights, MoELayer
-from coterie.compression.alignment import aligned
+from coterie.compression.alignment import aligned, reordered
 from coterie.compression.merging.operators import weighted_mean
 from coterie.compression.methods import Method, Pick
 from coterie.compression.plan import LayerPlan
@@ -141,7 +141,9 @@ class Merger(Method):
 
     def rebuild(self, experts: ExpertBank, plan: LayerPlan, seen: LayerProfile | None = None) -> dict[str, float]:
         """Merge each cluster into its leader's place. Peak memory: one cluster of experts in float32."""
-        first = experts.read(0, torch.float32) if self.reference == "first" and self.align != "none" else None
+        first = None
+        if self.reference == "first" and self.align != "none":  # a copy: its place may be written to before the end
+            first = reordered(experts.read(0, torch.float32), torch.arange(experts.intermediate_size))
         merged = 0
         for leader, members in clusters_of(plan).items():
             if len(members) == 1:
