@@ -3,7 +3,8 @@
 from coterie.api.look import build_patterns, match_pattern, profile, super_experts
 from coterie.api.runtime import Runtime, calibration
 from coterie.api.shrink import budget_of, carry_out, compare, compress, export, forecast, plan, prepare, recipe_requests
-from coterie.api.use import evaluate, finetune, heal, load, score_tasks, skipping
+from coterie.api.train import finetune, heal
+from coterie.api.use import evaluate, load, score_tasks, skipping
 
 __all__ = [
     "Runtime",

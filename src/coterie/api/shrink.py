@@ -17,7 +17,7 @@ from coterie.compression.forecast import Forecast
 from coterie.compression.methods import get_method
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.planning import make_plan, plan_method
-from coterie.compression.recipe import Recipe
+from coterie.compression.recipe import ORIGINAL, Recipe, RecipeHeal
 from coterie.compression.selector import Budget, parse_layers, parse_protect
 from coterie.compression.sparsify import sparsify, sparsify_forecast
 from coterie.compression.sparsifying.base import Sparsifier
@@ -30,8 +30,9 @@ from coterie.streaming.writer import DEFAULT_SHARD_BYTES, check_place, parse_siz
 from coterie.text import check_ids, held_out
 
 if TYPE_CHECKING:
-    pass
+    from coterie.training.heal import Healed
 from coterie.api.runtime import SAMPLES, Runtime, calibration, vocabulary_of
+from coterie.api.train import HEAL_OPTIONS, check_teacher, heal, heal_options
 
 
 def budget_of(
@@ -244,10 +245,17 @@ def compress(
 
 
 def recipe_requests(recipe: str, extra: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """A recipe file as keywords of `compress`, one set for each step. Methods and parameters are checked."""
+    """A recipe file as keywords of `compress`, one set for each step; those of `heal` stand under "heal" instead.
+
+    Methods, parameters and options are checked. extra : how text is read, in every step.
+    """
     loaded = Recipe.load(Path(recipe))
-    requests = []
+    requests: list[dict[str, Any]] = []
     for step in loaded.steps:
+        if step.heal is not None:
+            requests.append({"heal": _heal_request(step.heal, loaded, extra or {})})
+            continue
+        assert step.method is not None
         get_method(step.method, step.parameters)
         request: dict[str, Any] = {
             "method": step.method,
@@ -262,6 +270,21 @@ def recipe_requests(recipe: str, extra: dict[str, Any] | None = None) -> list[di
     return requests
 
 
+def _heal_request(step: RecipeHeal, recipe: Recipe, extra: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of `api.heal` for a step of a recipe, checked."""
+    request: dict[str, Any] = {
+        **step.model_dump(exclude_unset=True),
+        "teacher": step.teacher,
+        "data": step.data or recipe.data,
+        "seed": recipe.seed,
+        **{name: extra[name] for name in ("tokenizer", "pack") if name in extra},
+    }
+    if "tokens" in extra and not step.data:
+        request["tokens"] = extra["tokens"]
+    heal_options(**{k: v for k, v in request.items() if k in HEAL_OPTIONS})
+    return request
+
+
 def carry_out(
     model: str,
     out: str,
@@ -271,19 +294,23 @@ def carry_out(
     overwrite: bool = False,
     runtime: Runtime | None = None,
     progress: Progress | None = None,
-    on_step: Callable[[int, Result], None] = lambda number, result: None,
-) -> Result:
-    """Compress in several steps, each on the checkpoint the one before wrote; returns the last result.
+    on_step: Callable[[int, Result | Healed], None] = lambda number, result: None,
+) -> Result | Healed:
+    """Compress and heal in several steps, each on the checkpoint the one before wrote; returns the last result.
 
     Parameters
     ----------
-    requests : keywords of `compress` for each step, as `recipe_requests` makes them.
+    requests : keywords of `compress` or `heal` for each step, as `recipe_requests` makes them.
     on_step : called with (number from 1, result) after every step.
 
     Steps in between stand beside `out` as OUT.step1, ... until the last one is done. A killed run, started again, goes
     on in the step it was in. Every record (coterie.json) also holds those of the earlier steps.
     """
     check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
+    options: dict[str, Any] = {"shard_size": shard_size, "runtime": runtime, "progress": progress}
+    for request in requests:
+        if "heal" in request:
+            _check_heal(model, request["heal"], runtime or Runtime())
     source, between = model, list[Path]()
     identity = Checkpoint.open(model, offline=(runtime or Runtime()).offline).digest()
     for number, request in enumerate(requests, 1):
@@ -293,19 +320,39 @@ def carry_out(
         folder = Path(f"{out}.step{number}")
         mark = folder / ".step"
         if not (mark.is_file() and mark.read_text() == identity):
-            options: dict[str, Any] = {"shard_size": shard_size, "runtime": runtime, "progress": progress}
-            result = compress(source, str(folder), overwrite=overwrite or folder.exists(), **options, **request)
+            result = _step(model, source, str(folder), request, overwrite=overwrite or folder.exists(), **options)
             mark.write_text(identity)
             on_step(number, result)
         between.append(folder)
         source = str(folder)
-    result = compress(
-        source, out, shard_size=shard_size, overwrite=overwrite, runtime=runtime, progress=progress, **requests[-1]
-    )
+    result = _step(model, source, out, requests[-1], overwrite=overwrite, **options)
     on_step(len(requests), result)
     for folder in between:
         shutil.rmtree(folder)
     return result
+
+
+def _step(
+    model: str, source: str, out: str, request: dict[str, Any], *, shard_size: str, **options: Any
+) -> Result | Healed:
+    """One step of a recipe that began with `model`: from `source` to `out`."""
+    if "heal" not in request:
+        return compress(source, out, shard_size=shard_size, **options, **request)
+    asked = dict(request["heal"])
+    teacher = asked.pop("teacher")
+    return heal(source, out, teacher=model if teacher == ORIGINAL else teacher, **options, **asked)
+
+
+def _check_heal(model: str, request: dict[str, Any], runtime: Runtime) -> None:
+    """What is wrong with a step that heals should not be found after hours of compressing."""
+    if request["teacher"] != ORIGINAL:
+        check_teacher(model, request["teacher"], runtime)
+    text = {name: request[name] for name in ("tokens", "tokenizer", "pack") if name in request}
+    if (
+        calibration(model, request["data"], samples=2, length=request.get("length", 256), runtime=runtime, **text)
+        is None
+    ):
+        raise UsageError("healing needs text", "Name some under `data` in the recipe.")
 
 
 def compare(

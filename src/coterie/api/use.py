@@ -1,8 +1,8 @@
-"""Use a model: measure it, load it, skip its weak experts, train it a little."""
+"""Use a model: measure it, load it, skip its weak experts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,11 @@ from coterie.profiling.profile import Profile
 from coterie.streaming.checkpoint import resolve
 from coterie.streaming.config import choose_compute_dtype
 from coterie.streaming.lockstep import Progress
-from coterie.streaming.writer import check_place, parse_size
-from coterie.text import TokenData, check_ids, held_out, load_tokenizer
+from coterie.streaming.writer import parse_size
+from coterie.text import check_ids, load_tokenizer
 
 if TYPE_CHECKING:
     from coterie.evaluation.harness import TaskScores
-    from coterie.training.finetune import FineTuned
-    from coterie.training.heal import Healed
 from coterie.api.runtime import Runtime, calibration, check_device, vocabulary_of
 
 
@@ -224,190 +222,3 @@ def skipping(
     held = parse_protect([protect] if isinstance(protect, str) else list(protect))
     with skip(model, betas(loaded, quantile), renormalise=renormalise, protect=held) as done:
         yield done
-
-
-def finetune(
-    model: str,
-    out: str,
-    data: Sequence[str] = (),
-    *,
-    router_steps: int = 100,
-    router_rate: float = 1e-3,
-    steps: int = 500,
-    rate: float = 5e-5,
-    batch_size: int = 8,
-    balance: float = 0.01,
-    samples: int = 1024,
-    held_out_samples: int = 16,
-    length: int = 256,
-    tokens: str | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-    runtime: Runtime | None = None,
-    progress: Progress | None = None,
-    **text: Any,
-) -> FineTuned:
-    """Train a checkpoint in two phases, routers alone and then everything, see `coterie.training.finetune`.
-
-    `held_out_samples` sequences of each domain are kept out of training; with `tokens`, a quarter of the rows.
-    Keywords beyond these are `calibration`'s.
-    """
-    from coterie.training.finetune import Schedule
-    from coterie.training.finetune import finetune as run_finetune
-
-    runtime = runtime or Runtime()
-    runtime.ready()
-    check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
-    more = samples + held_out_samples
-    given = calibration(model, data, tokens=tokens, samples=more, length=length, seed=seed, runtime=runtime, **text)
-    if given is None:
-        raise UsageError("fine-tuning needs text", "Name some with --data.")
-    test, train = _apart(given, held_out_samples, more)
-    bar = progress or Progress()
-    schedule = Schedule(router_steps, router_rate, steps, rate, batch_size, balance)
-    try:
-        return run_finetune(
-            resolve(model, offline=runtime.offline),
-            Path(out),
-            train,
-            held_out=test,
-            schedule=schedule,
-            device=runtime.device,
-            seed=seed,
-            overwrite=overwrite,
-            on_log=_steps(bar),
-        )
-    finally:
-        bar.done()
-
-
-def heal(
-    student: str,
-    out: str,
-    data: Sequence[str] = (),
-    *,
-    teacher: str,
-    train: str = "all",
-    steps: int = 200,
-    rate: float | None = None,
-    batch_size: int = 8,
-    accumulate: int = 1,
-    schedule: str = "linear",
-    warmup: float = 0.05,
-    weight_decay: float = 0.0,
-    loss: str | None = None,
-    temperature: float = 1.0,
-    top: int = 64,
-    kd_weight: float = 1.0,
-    lm_weight: float = 0.0,
-    logits: str = "cached",
-    cache: str | None = None,
-    lora_rank: int = 16,
-    precision: str = "float32",
-    samples: int = 1024,
-    held_out_samples: int = 16,
-    length: int = 256,
-    tokens: str | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-    runtime: Runtime | None = None,
-    progress: Progress | None = None,
-    **text: Any,
-) -> Healed:
-    """Train a compressed checkpoint until it says again what its teacher says, see `coterie.training.heal`.
-
-    Parameters
-    ----------
-    student, teacher : checkpoint folders or hub ids with the same vocabulary; the teacher need not fit into memory.
-    train : "all", "routers", "experts" or "lora". rate : learning rate; None: 5e-5, for routers 1e-3, for lora 2e-4.
-    logits : "cached" (the teacher is streamed once) or "online" (it is whole in memory beside the student).
-    loss : "tail", "renormalised", "cross-entropy", or "full" with online logits; None: "tail" or "full".
-    cache : folder to keep the teacher's logits in, or that holds them.
-    steps, batch_size, accumulate, schedule, warmup, weight_decay, temperature, top, kd_weight, lm_weight, precision :
-        see `coterie.training.heal.Distillation`.
-    held_out_samples : sequences of each domain kept out of training; with `tokens`, a quarter of the rows.
-
-    Keywords beyond these are `calibration`'s. Raises a `CoterieError` for whatever the request, the checkpoints or the
-    text have wrong.
-    """
-    from coterie.training.heal import RATES, Distillation, check_choices, check_vocabularies
-    from coterie.training.heal import heal as run_heal
-
-    runtime = runtime or Runtime()
-    loss = loss or ("full" if logits == "online" else "tail")
-    check_choices(train, logits, loss, lora_rank)
-    options = Distillation(
-        steps=steps,
-        rate=RATES[train] if rate is None else rate,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        schedule=schedule,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        loss=loss,
-        temperature=temperature,
-        top=top,
-        kd_weight=kd_weight,
-        lm_weight=lm_weight,
-        precision=precision,
-    )
-    options.check()
-    for source in (student, teacher):
-        check_place(Path(out), overwrite=overwrite, source=Path(source) if Path(source).is_dir() else None)
-        if cache is not None and Path(source).is_dir():
-            check_place(Path(cache), overwrite=True, source=Path(source))
-    opened = [runtime.open(name) for name in (student, teacher)]
-    folders = [m.checkpoint.folder for m in opened]
-    tokenizers = [
-        load_tokenizer(folder, trust_remote_code=runtime.trust_remote_code)
-        for folder in folders
-        if (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists()
-    ]
-    check_vocabularies(opened[0], opened[1], tokenizers)
-    more = samples + held_out_samples
-    given = calibration(student, data, tokens=tokens, samples=more, length=length, seed=seed, runtime=runtime, **text)
-    if given is None:
-        raise UsageError("healing needs text", "Name some with --data.")
-    check_ids(given, vocabulary_of(opened[0]))
-    test, rest = _apart(given, held_out_samples, more)
-    bar = progress or Progress()
-    try:
-        return run_heal(
-            opened[0],
-            Path(out),
-            opened[1],
-            rest,
-            test,
-            options=options,
-            train=train,
-            logits=logits,
-            lora_rank=lora_rank,
-            cache=Path(cache) if cache is not None else None,
-            names=(student, teacher),
-            memory=parse_size(runtime.memory, least=0),
-            seed=seed,
-            overwrite=overwrite,
-            progress=bar,
-            on_log=_steps(bar),
-        )
-    finally:
-        bar.done()
-
-
-def _apart(given: TokenData, held_out_samples: int, asked: int) -> tuple[TokenData, TokenData]:
-    """Held-out sequences and the others: so many of each domain, but no more than a quarter of what there is."""
-    least = min(given.samples // len(given.domains), asked)
-    return held_out(given, min(held_out_samples, max(1, least // 4)))
-
-
-def _steps(bar: Progress) -> Callable[[str, int, int, float], None]:
-    """Shows training steps, phase after phase."""
-    told = {"phase": ""}
-
-    def log(phase: str, step: int, total: int, loss: float) -> None:
-        if phase != told["phase"]:
-            told["phase"] = phase
-            bar.start("steps", total)
-        bar.layer(step - 1)
-
-    return log

@@ -124,9 +124,9 @@ def compress(
             "demonstrations",
         )  # how the recipe's text is read, not what is done
         requests = api.recipe_requests(recipe, {k: request[k] for k in also if _was_given(context, k)})
-        if len(requests) > 1:
+        if len(requests) > 1 or "heal" in requests[0]:
             if dry_run:
-                raise UsageError("--dry-run forecasts one step; this recipe has several", "Leave it out.")
+                raise UsageError("--dry-run forecasts one compression; this recipe is more", "Leave it out.")
             last = _carry_out(common, runtime, model, out, requests, shard_size, overwrite)
             quality = measured() if evaluate else []
             if common.json:
@@ -179,6 +179,7 @@ def _carry_out(
 ) -> Any:
     """Every step of a recipe, told as it is done; returns the last result."""
     from coterie import api
+    from coterie.cli.heal import show_healed
 
     began, number_of_steps = time.monotonic(), len(requests)
 
@@ -187,7 +188,10 @@ def _carry_out(
             warn(warning)
         if not common.json:
             say(f"step {number} of {number_of_steps}")
-            _show_result(result, out, time.monotonic() - began, report=False)
+            if "heal" in requests[number - 1]:
+                show_healed(result, out)
+            else:
+                _show_result(result, out, time.monotonic() - began, report=False)
 
     with Bar("compress", enabled=not common.json) as bar:
         return api.carry_out(

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from coterie.cli import options as o
-from coterie.cli.common import Common, emit_json, say, table, verb
+from coterie.cli.common import Common, emit_json, helps_only, say, table, verb
 from coterie.cli.progress import Bar
 
 
@@ -44,7 +44,7 @@ def finetune(
     runtime = common.runtime()
     from coterie import api
 
-    with Bar("finetune", enabled=not common.json) as bar:
+    with Bar("finetune", enabled=not (common.json or helps_only())) as bar:
         result = api.finetune(
             model,
             out,
@@ -66,6 +66,8 @@ def finetune(
             runtime=runtime,
             progress=bar,  # type: ignore[arg-type]
         )
+    if not result.main:
+        return
     if common.json:
         emit_json({**result.record, "out": out})
         return

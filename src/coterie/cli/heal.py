@@ -79,8 +79,7 @@ def heal(
     runtime = common.runtime()
     from coterie import api
 
-    helper = helps_only()
-    with Bar("heal", enabled=not (common.json or helper)) as bar:
+    with Bar("heal", enabled=not (common.json or helps_only())) as bar:
         result = api.heal(
             student,
             out,

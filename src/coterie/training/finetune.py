@@ -26,7 +26,6 @@ from coterie.training.trainer import (
     PlainTrainer,
     Rows,
     Told,
-    last_checkpoint,
     learning,
     no_denormals,
     processes,
@@ -138,10 +137,9 @@ def finetune(
                 restore(trainer.trained_state(), done / "trained.safetensors")
                 result.losses = json.loads((done / "losses.json").read_text(encoding="utf-8"))
                 continue
-            if test is not None and "before" not in result.losses:
-                result.losses["before"] = trainer.held_out()["loss"]
-            trainer.train(resume_from_checkpoint=last_checkpoint(place / phase))
+            before = trainer.fit()
             if test is not None:
+                result.losses.setdefault("before", before["loss"])
                 result.losses[phase] = trainer.held_out()["loss"]
             if work is not None:  # a restart need not train it again
                 trainer.save_model(str(done))

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -46,7 +45,6 @@ from coterie.training.trainer import (
     Told,
     by_row,
     expert_parameters,
-    last_checkpoint,
     learning,
     no_denormals,
     processes,
@@ -253,15 +251,8 @@ def distil(
             options=options,
         )
         result = Distilled(steps=options.steps)
-        known = folder / "before.json"
-        if test is not None and known.exists():
-            result.before = json.loads(known.read_text(encoding="utf-8"))
-        elif test is not None:
-            result.before = trainer.held_out()
-            if trainer.is_world_process_zero():
-                write_json(known, result.before)
         began = time.monotonic()
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        result.before = trainer.fit()
         result.seconds = time.monotonic() - began
         if test is not None:
             result.after = trainer.held_out()
@@ -355,14 +346,12 @@ def heal(
         asked_at = time.monotonic()
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_pretrained(student.checkpoint.folder, dtype=torch.float32)
-        wrapped, trained = choose(model, train, lora_rank)
-        counts = {
-            "trained": sum(p.numel() for p in wrapped.parameters() if p.requires_grad),
-            "all": sum(p.numel() for p in model.parameters()),
-        }
+        total = sum(p.numel() for p in model.parameters())
+        trained, finish = choose(model, train, lora_rank)
+        counts = {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad), "all": total}
         callbacks = [_Kept(work)] if work is not None else []
         done = distil(
-            wrapped,
+            model,
             data,
             told,
             options,
@@ -374,8 +363,7 @@ def heal(
             on_log=on_log,
         )
         del told
-        if wrapped is not model:
-            model = wrapped.merge_and_unload()
+        finish()
         losses: dict[str, Any] = {"teacher": done.after.pop("teacher")}
         done.before.pop("teacher")
         losses = {"before": done.before, "after": done.after} | losses
@@ -439,11 +427,9 @@ def check_choices(train: str, logits: str, loss: str, lora_rank: int = 16) -> No
         _peft()
 
 
-def choose(model: Any, train: str, lora_rank: int = 16) -> tuple[Any, set[str]]:
-    """Let just this part of a model learn. Returns the model to train and the names of what will have changed.
-
-    The first is the model itself, or, with "lora", peft's around it, whose `merge_and_unload` gives the model back.
-    """
+def choose(model: Any, train: str, lora_rank: int = 16) -> tuple[set[str], Callable[[], None]]:
+    """Let just this part of a model learn. Returns the names of what will have changed, and what to call afterwards
+    (with "lora" it puts the updates into the weights; otherwise it does nothing)."""
     model.requires_grad_(False)
     if train == "lora":
         return _with_lora(model, lora_rank)
@@ -451,30 +437,33 @@ def choose(model: Any, train: str, lora_rank: int = 16) -> tuple[Any, set[str]]:
     wanted = set(chosen[train](model)) if train in chosen else None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(wanted is None or name in wanted)
-    return model, learning(model)
+    return learning(model), lambda: None
 
 
-def _with_lora(model: Any, rank: int) -> tuple[Any, set[str]]:
+def _with_lora(model: Any, rank: int) -> tuple[set[str], Callable[[], None]]:
     """Low-rank updates of the linear layers of all decoder layers, routers aside, and of the fused experts."""
     peft = _peft()
-    routed = moe_layers(model)
-    aside = tuple(f"{path}." for layer in routed for path in (layer.router_name, layer.experts_name))
     prefix, layers = decoder_layers(model)
+    routers, experts = (
+        [f"{getattr(m, which)}." for m in moe_layers(model)] for which in ("router_name", "experts_name")
+    )
     linear = [
-        f"{prefix}.{name}"
+        name
         for name, module in layers.named_modules()
-        if isinstance(module, nn.Linear) and not f"{prefix}.{name}.".startswith(aside)
+        if isinstance(module, nn.Linear) and not f"{prefix}.{name}.".startswith((*routers, *experts))
     ]
-    fused = [f"{prefix}.{name}" for name, p in layers.named_parameters() if p.dim() == 3]
-    fused = [name for name in fused if name.startswith(tuple(f"{layer.experts_name}." for layer in routed))]
+    fused = [n for n, p in layers.named_parameters() if p.dim() == 3 and f"{prefix}.{n}".startswith(tuple(experts))]
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, target_parameters=fused)
-    try:
-        wrapped = peft.get_peft_model(model, config)
+    try:  # the layers alone: of a whole transformers model, peft takes dense layers for the experts of old checkpoints
+        tuner = peft.LoraModel(layers, config, "default")
     except (ValueError, NotImplementedError, TypeError) as error:
         raise ModelError(
             f"peft cannot adapt {type(model).__name__}: {one_line(error)}", "Take --train all, experts or routers."
         ) from error
-    return wrapped, {*(f"{name}.weight" for name in linear), *fused}
+    return {
+        *(f"{prefix}.{name}.weight" for name in linear),
+        *(f"{prefix}.{name}" for name in fused),
+    }, tuner.merge_and_unload
 
 
 def _peft() -> Any:

@@ -117,7 +117,7 @@ class PlainTrainer(Trainer):  # type: ignore[misc]
             train_dataset=train,
             eval_dataset=test,
             data_collator=collate,
-            callbacks=[*callbacks, _Whole()],
+            callbacks=[_Whole(), *callbacks],
             compute_metrics=self._means,
         )
         self.remove_callback(PrinterCallback)  # progress is the caller's business
@@ -175,8 +175,21 @@ class PlainTrainer(Trainer):  # type: ignore[misc]
         sums = torch.from_numpy(found.predictions).double().sum(0)
         return {name: float(sums[i] / sums[-1]) for i, name in enumerate(self.columns)}
 
+    def fit(self) -> dict[str, float]:
+        """Train, going on from the last whole checkpoint if there is one. Returns the held-out means of before the
+        first step, {} without held-out rows."""
+        last = last_checkpoint(Path(self.args.output_dir))
+        # not `evaluate()` before `train()`: it marks the bare model as prepared, and several processes would then train
+        # without ever exchanging gradients
+        self.args.eval_on_start = last is None and self.eval_dataset is not None
+        self.train(resume_from_checkpoint=last)
+        first: dict[str, float] = next(
+            (entry for entry in self.state.log_history if f"eval_{self.columns[0]}" in entry), {}
+        )
+        return {name: float(first[f"eval_{name}"]) for name in self.columns if first}
+
     def held_out(self) -> dict[str, float]:
-        """Means over all predicted tokens of the held-out rows."""
+        """Means over all predicted tokens of the held-out rows, after training."""
         found = self.evaluate()
         return {name: float(found[f"eval_{name}"]) for name in self.columns}
 
