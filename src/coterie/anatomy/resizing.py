@@ -34,12 +34,15 @@ class Resized:
     notes: list[str] = field(default_factory=list)
 
 
-def shapes_of(config: Any) -> Shapes:
-    """The shape of every parameter and buffer of the model a config describes; nothing is allocated."""
+def shapes_of(config: Any, header: Mapping[str, Any] | None = None) -> Shapes:
+    """The shape of every parameter and buffer of the model a config describes; nothing is allocated.
+
+    header : its `quantization_config`, where that is one of ours (see `uneven`).
+    """
     with torch.device("meta"):
         model: Any = model_class_of(config)._from_config(copy.deepcopy(config))  # type: ignore[attr-defined]
-        if is_coterie(getattr(config, "quantization_config", None)):
-            rebuild(model)
+        if header is not None and is_coterie(header):
+            rebuild(model, header)
     return {name: tensor.shape for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
@@ -64,7 +67,7 @@ def resized(
     raised so that shared experts stay as they are. Raises ModelError if no field, or none alone, does it.
     """
     text = config.get_text_config(decoder=True)
-    before = shapes_of(config)
+    before = shapes_of(config, raw.get("quantization_config"))
     target = before | dict(wanted)
     changed: dict[str, Any] = {}
     if heads is not None:
@@ -147,7 +150,7 @@ def _differences(raw: dict[str, Any], config: Any, target: Shapes) -> dict[str, 
         try:
             again = type(config).from_pretrained(folder)
             again.architectures = config.architectures
-            found = shapes_of(again)
+            found = shapes_of(again, raw.get("quantization_config"))
         except Exception:  # a field with another meaning makes anything from a KeyError to a failed assertion
             return dict.fromkeys(target)
     return {n: found.get(n) for n in sorted(target.keys() | found.keys()) if found.get(n) != target.get(n)}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from coterie.anatomy.layers import MoELayer
+from coterie.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,14 @@ class Units:
 def neurons(moe: MoELayer) -> Units:
     """The neurons of all routed experts of a layer, by the contract's flags.
 
-    The bias of the down projection belongs to the expert, not to a neuron, and is no part of them.
+    The bias of the down projection belongs to the expert, not to a neuron, and is no part of them. Raises ModelError
+    for experts that are stored as low-rank factors, which have no neurons.
     """
+    if moe.bank.factored:
+        raise ModelError(
+            f"the experts of layer {moe.index} are stored as low-rank factors, and cannot be made narrower",
+            "Slim them before they are factored.",
+        )
     bank, experts, path = moe.bank, moe.experts, moe.experts_name
     I, flipped = bank.intermediate_size, bool(experts.is_transposed)  # noqa: E741
     parts = 2 if bank.has_gate else 1

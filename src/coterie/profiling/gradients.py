@@ -36,12 +36,15 @@ from coterie.streaming.model import StreamedModel
 from coterie.text import TokenData
 
 TOP = 8
-FLAT = 1e-6  # root mean square of w * dL/dw per token and weight tensor below which a loss says nothing
+FLAT = 1e-6  # a length of w * dL/dw per token (see `Sensitivity.norm`) below which it is rounding
 
 
 @dataclass
 class Sensitivity:
-    """scores : {units' name: [E, U], float64}. norm : of all w * dL/dw, per token. tokens : that a loss was taken on."""
+    """scores : {units' name: [E, U], float64}. tokens : that a loss was taken on.
+
+    norm : length of w * dL/dw over all units' weights, of a sequence, per token.
+    """
 
     scores: dict[str, Tensor]
     norm: float = 0.0
@@ -70,7 +73,7 @@ class UnitGradients:
     def __init__(self, model: nn.Module, units: Sequence[Units], *, square: bool = False) -> None:
         self.model, self.units, self.square = model, units, square
         self.scores = {u.name: torch.zeros(u.owners, u.count, dtype=torch.float64) for u in units}
-        self.squares = 0.0  # of all w * dL/dw
+        self.squares = 0.0  # of w * dL/dw, all units
 
     def __enter__(self) -> UnitGradients:
         named = dict(self.model.named_parameters())
@@ -112,7 +115,7 @@ def sequences(data: TokenData) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in data.batches:
         mask_BL = batch.mask_BL if batch.mask_BL is not None else torch.ones_like(batch.ids_BL, dtype=torch.bool)
         for ids_L, mask_L in zip(batch.ids_BL, mask_BL, strict=True):
-            length = int(mask_L.nonzero().max()) + 1
+            length = int(mask_L.nonzero().max()) + 1 if bool(mask_L.any()) else 1
             yield ids_L[None, :length], mask_L[None, :length]
 
 
@@ -155,7 +158,9 @@ def sensitivity(
                 if not bool(torch.isfinite(loss)):
                     raise ModelError(f"the loss of calibration sequence {number} is {float(loss)}")
                 if tokens:
+                    watch.squares = 0.0
                     loss.backward()  # type: ignore[no-untyped-call]
+                    result.norm += watch.squares**0.5
                 result.tokens += tokens
                 progress.tokens(tokens)
                 progress.layer(number)
@@ -163,7 +168,7 @@ def sensitivity(
         torch.set_flush_denormal(False)
         progress.done()
     result.scores = watch.scores
-    result.norm = watch.squares**0.5 / max(result.tokens, 1)
+    result.norm /= max(result.tokens, 1)
     if result.norm < FLAT:
         result.warnings.append(
             f"the gradient of {criterion} is close to zero ({result.norm:.1e} per token): its scores say little"
