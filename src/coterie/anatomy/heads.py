@@ -69,7 +69,9 @@ def _groups(path: str, module: nn.Module, index: int, heads: int, groups: int, h
     axes = []
     for name in _PROJECTIONS:
         block = (size if name == "q_proj" else 1) * D
-        axes += [Axis(f"{path}.{name}.{tensor}", 0, groups, block=block) for tensor, _ in linear[name].named_parameters()]
+        axes += [
+            Axis(f"{path}.{name}.{tensor}", 0, groups, block=block) for tensor, _ in linear[name].named_parameters()
+        ]
     axes.append(Axis(f"{path}.{out}.weight", 1, groups, block=size * D))
     for name, parameter in module.named_parameters():
         owner = name.partition(".")[0]

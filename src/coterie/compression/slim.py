@@ -166,7 +166,9 @@ class _Run:
         found = head_groups(self.streamed.model)
         there = next(iter(found.values())).count
         if not 1 <= wanted <= there:
-            raise UsageError(f"attention with {there} key and value heads cannot keep {wanted}", f"Ask for 1 to {there}.")
+            raise UsageError(
+                f"attention with {there} key and value heads cannot keep {wanted}", f"Ask for 1 to {there}."
+            )
         return found if wanted < there else {}
 
     def kept(self, unit: Units) -> int:
@@ -206,7 +208,9 @@ class _Run:
         self.notes += result.notes
         orphans = [key for key in self.streamed.checkpoint.tensors if self._left_out(key)]
         if orphans:
-            self.notes.append("extra prediction layers (multi-token prediction) were left out: their experts do not fit")
+            self.notes.append(
+                "extra prediction layers (multi-token prediction) were left out: their experts do not fit"
+            )
             for name in ("num_nextn_predict_layers", "num_mtp_layers"):
                 if name in result.raw:
                     result.raw[name] = 0

@@ -20,7 +20,7 @@ tensor's gradient, and one sequence's activations and logits. Padding has no par
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,10 +83,9 @@ class UnitGradients:
         self._hooks = []
         for unit in self.units:
             for axis in unit.axes:
-                parameter = named[axis.name].requires_grad_(True)
-                self._hooks.append(
-                    parameter.register_post_accumulate_grad_hook(lambda p, u=unit, a=axis: self._reduce(p, u, a))  # type: ignore[misc]
-                )
+                parameter: Any = named[axis.name]
+                parameter.requires_grad_(True)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._reducer(unit, axis)))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -94,6 +93,9 @@ class UnitGradients:
             hook.remove()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._before[name])
+
+    def _reducer(self, unit: Units, axis: Axis) -> Callable[[Tensor], None]:
+        return lambda parameter: self._reduce(parameter, unit, axis)
 
     def _reduce(self, parameter: Tensor, unit: Units, axis: Axis) -> None:
         assert parameter.grad is not None
@@ -205,7 +207,12 @@ def _next_loss(logits_LV: Tensor, ids_L: Tensor, mask_L: Tensor) -> tuple[Tensor
 
 
 def top_logits(
-    streamed: StreamedModel, data: TokenData, *, count: int = TOP, memory: int = 2 * 2**30, progress: Progress | None = None
+    streamed: StreamedModel,
+    data: TokenData,
+    *,
+    count: int = TOP,
+    memory: int = 2 * 2**30,
+    progress: Progress | None = None,
 ) -> TopLogits:
     """A teacher's `count` largest logits at every position of every sequence, in one sweep over its checkpoint.
 

@@ -35,9 +35,7 @@ class LayerObservation:
         self.layer = layer
         multiplier = float(getattr(layer.decoder, "residual_multiplier", 1.0))
         bank = layer.bank
-        shape = LayerShape(
-            bank.num_experts, layer.top_k, bank.hidden_size, domains, multiplier, bank.intermediate_size
-        )
+        shape = LayerShape(bank.num_experts, layer.top_k, bank.hidden_size, domains, multiplier, bank.intermediate_size)
         self.observers = [cls(shape) for cls in observers]
         self._with_outputs = [o for o in self.observers if o.watches_outputs]
         self._with_sum = [o for o in self.observers if o.watches_sum]

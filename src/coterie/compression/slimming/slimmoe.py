@@ -39,7 +39,9 @@ class SlimMoE(Method):
     multiple_of: int | None = Field(
         None, ge=1, description="Make the width a multiple of this. By default 64, or less where experts are narrow."
     )
-    kv_heads: int | None = Field(None, description="Key and value heads that stay, with their query heads; all if none.")
+    kv_heads: int | None = Field(
+        None, description="Key and value heads that stay, with their query heads; all if none."
+    )
     criterion: Literal["kd_top8", "lm", "fisher", "activation", "magnitude"] = Field(
         "kd_top8",
         description="What neurons are judged by. kd_top8, lm, fisher: gradients, model whole in memory. activation:"
