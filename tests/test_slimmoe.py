@@ -63,7 +63,7 @@ def models(tmp_path_factory):
 
 
 def slimmed(source, out, ids, **parameters):
-    given = {} if parameters.get("criterion") == "magnitude" else {"tokens": str(ids)}
+    given = {} if parameters.get("criterion") in ("magnitude", "random") else {"tokens": str(ids)}
     return coterie.compress(str(source), str(out), method="slimmoe", parameters=parameters, **given)
 
 
@@ -622,6 +622,22 @@ def test_the_new_width_is_the_nearest_multiple(width, share):
     kept, step = method.neurons_of(width), method.step(width)
     assert kept == width or kept % step == 0
     assert abs(kept - share * width) <= step / 2 + 1e-6 or kept == width
+
+
+def test_a_random_choice_depends_on_the_seed_alone(models, ids, tmp_path):
+    found = []
+    for number, seed in enumerate((0, 0, 1)):
+        out = tmp_path / str(number)
+        coterie.compress(
+            str(models("mixtral")),
+            str(out),
+            method="slimmoe",
+            parameters={"width": 0.5, "criterion": "random"},
+            seed=seed,
+        )
+        found.append(kept_neurons(out))
+    assert found[0] == found[1] != found[2]
+    assert found[0][0] != found[0][1]
 
 
 def test_stages_fall_in_equal_ratios():

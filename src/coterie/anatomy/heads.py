@@ -1,7 +1,7 @@
 """Groups of attention heads that can be taken out: one key and value head with all query heads that read it.
 
 Found by shape, not by model: a decoder layer's attention must be four linear layers, of which the query projection has
-heads * head_dim rows, key and value have kv_heads * head_dim, and the output projection takes what the query heads give.
+heads * head_dim rows, key and value have kv_heads * head_dim, and the output projection takes what query heads give.
 Whatever else lies in the module must belong to single heads. Everything that does not fit is refused with the reason,
 because a wrong guess would give a model that runs and is wrong. Decoder layers without attention (convolutions, state
 spaces) have no such groups and stay as they are.

@@ -122,7 +122,7 @@ def _fields(text: Any, size: int) -> dict[str, Any]:
         if type(value) is int and value == size:
             found[name] = lambda new: new
         elif isinstance(value, list) and value and all(type(v) is int and v == size for v in value):
-            found[name] = lambda new, length=len(value): [new] * length
+            found[name] = lambda new, old=value: [new] * len(old)
     return found
 
 

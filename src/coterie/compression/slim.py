@@ -256,6 +256,7 @@ class _Run:
             "parameters": self.method.model_dump(mode="json", exclude={"teacher"}),
             "teacher": self.teacher.checkpoint.digest() if self.teacher is not None else None,
             "neurons": [self.neurons, self.width],
+            "seed": self.seed if self.method.criterion == "random" else None,
             "data": self.data.digest if self.data else None,
             "batches": [list(b.ids_BL.shape) for b in self.data.batches] if self.data else None,
             "compute": [str(self.streamed.compute_dtype), torch.device(self.streamed.device).type],
@@ -395,6 +396,9 @@ class _Run:
 
     def _judged(self, unit: Units, stored: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         """Scores [E, U], and how many experts have them from their weights because no token said anything of them."""
+        if self.method.criterion == "random":
+            draw = torch.Generator().manual_seed(self.seed * 1_000_003 + unit.layer)
+            return torch.rand(unit.owners, unit.count, dtype=torch.float64, generator=draw), 0
         given_EU = self.scores.get(unit.name)
         unseen_E = torch.zeros(0) if given_EU is None else given_EU.sum(1) == 0
         if given_EU is not None and not bool(unseen_E.any()):

@@ -83,9 +83,9 @@ class UnitGradients:
         self._hooks = []
         for unit in self.units:
             for axis in unit.axes:
-                parameter: Any = named[axis.name]
-                parameter.requires_grad_(True)
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._reducer(unit, axis)))
+                watched: Any = named[axis.name]
+                watched.requires_grad_(True)
+                self._hooks.append(watched.register_post_accumulate_grad_hook(self._reducer(unit, axis)))
         return self
 
     def __exit__(self, *exc: object) -> None:

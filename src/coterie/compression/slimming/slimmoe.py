@@ -42,10 +42,10 @@ class SlimMoE(Method):
     kv_heads: int | None = Field(
         None, description="Key and value heads that stay, with their query heads; all if none."
     )
-    criterion: Literal["kd_top8", "lm", "fisher", "activation", "magnitude"] = Field(
+    criterion: Literal["kd_top8", "lm", "fisher", "activation", "magnitude", "random"] = Field(
         "kd_top8",
         description="What neurons are judged by. kd_top8, lm, fisher: gradients, model whole in memory. activation:"
-        " size of what it passes on. magnitude: size of its weights, no text.",
+        " size of what it passes on. magnitude: size of its weights, no text. random: nothing, to compare with.",
     )
     teacher: str | None = Field(
         None,
@@ -55,7 +55,7 @@ class SlimMoE(Method):
 
     @property
     def needs_text(self) -> bool:
-        return self.criterion != "magnitude"
+        return self.criterion not in ("magnitude", "random")
 
     @property
     def needs_gradients(self) -> bool:
