@@ -33,6 +33,7 @@ from coterie.profiling.gradients import UnitGradients, sensitivity, top_cross_en
 from coterie.text import load_tokens
 from families import FAMILIES, FEW, config, each_tensor, resident, saved, tiny, token_file, tokens
 from inprocess import cli, fingerprint, start
+from test_wrappers import wrapped  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -749,9 +750,10 @@ def test_the_result_can_be_pruned_and_the_pruned_can_be_slimmed(models, ids, tmp
     coterie.compress(
         str(source), str(tmp_path / "uneven"), method="frequency", keep=0.7, scope="global", tokens=str(ids)
     )
-    result = slimmed(tmp_path / "uneven", tmp_path / "other", ids, width=0.5, criterion="activation")
-    assert result.plan.budget["neurons"] == 16
-    for name in ("both", "other"):
+    for criterion in ("activation", "kd_top8"):
+        result = slimmed(tmp_path / "uneven", tmp_path / criterion, ids, width=0.5, criterion=criterion)
+        assert result.plan.budget["neurons"] == 16
+    for name in ("both", "activation", "kd_top8"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert {layer.bank.intermediate_size for layer in moe_layers(model)} == {16}
         assert bool(logits(model).isfinite().all())
@@ -767,6 +769,29 @@ def test_every_family_is_slimmed_or_refused_with_a_reason(family, models, ids, t
     slimmed(models(family), tmp_path / "out", ids, width=0.5, criterion="magnitude")
     masked = mask_neurons(resident(models(family)), kept_neurons(tmp_path / "out"))
     torch.testing.assert_close(logits(resident(tmp_path / "out")), logits(masked), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["kd_top8", "activation"])
+def test_a_decoder_inside_a_multimodal_wrapper_is_slimmed(wrapped, criterion, ids, tmp_path):  # noqa: F811
+    model_class, source = wrapped
+    slimmed(source, tmp_path / "out", ids, width=0.5, criterion=criterion)
+    full, slim = (model_class.from_pretrained(f, dtype=torch.float32).eval() for f in (source, tmp_path / "out"))
+    masked = mask_neurons(full, kept_neurons(tmp_path / "out"))
+    torch.testing.assert_close(logits(slim), logits(masked), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [0.5, 1.0])
+def test_extra_prediction_layers_go_with_a_note_when_neurons_go(width, ids, tmp_path):
+    from test_compress import with_prediction_layer
+
+    source = with_prediction_layer(saved("deepseek-v3", tmp_path))
+    result = slimmed(source, tmp_path / "out", ids, width=width, criterion="magnitude")
+    slim = width < 1
+    assert any("multi-token prediction" in warning for warning in result.warnings) == slim
+    assert ("model.layers.61.mlp.gate.weight" in each_tensor(tmp_path / "out")) == (not slim)
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert raw["num_nextn_predict_layers"] == (0 if slim else 1)
+    assert result.after.bytes == sum(t.nbytes for t in each_tensor(tmp_path / "out").values())
 
 
 # -- kills ------------------------------------------------------------------------------------------------------------

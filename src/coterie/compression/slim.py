@@ -414,16 +414,16 @@ class _Run:
     # -- records --------------------------------------------------------------------------------------------------
 
     def _plan(self) -> Plan:
-        """No expert goes; what stays of each is in `extra`, and of attention in the budget."""
+        """No expert goes. `extra` of a layer says what stays of each: the share of its score, and which neurons (see
+        `packed`); the budget says which heads."""
         layers = []
         for index, moe in self.streamed.moe.items():
             entry = self.lines.get(index, {}).get("kept", {}).get("neurons")
-            extra = {"neurons": self.neurons, "of": self.width, "kept": entry["kept"]} if entry else {}
-            scores = entry["share"] if entry else []
-            E = moe.num_experts
-            layers.append(
-                LayerPlan(index=index, name=moe.name, experts=E, keep=list(range(E)), scores=scores, extra=extra)
-            )
+            extra: dict[str, Any] = {}
+            if entry:
+                extra = {"neurons": self.neurons, "of": self.width, "score_kept": entry["share"], "kept": entry["kept"]}
+            keep = list(range(moe.num_experts))
+            layers.append(LayerPlan(index=index, name=moe.name, experts=len(keep), keep=keep, extra=extra))
         budget: dict[str, Any] = {"neurons": self.neurons, "of": self.width}
         if self.heads:
             count = next(iter(self.heads.values())).count
