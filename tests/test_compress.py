@@ -13,7 +13,7 @@ from coterie.compression.plan import Plan
 from coterie.profiling.profile import Profile
 from families import FAMILIES, FEW, each_tensor, edit_json, resident, saved, tiny, token_file, tokens
 
-METHODS = tuple(n for n, e in methods().items() if e.kind != "sparsifying")  # those: tests/test_sparsify.py
+METHODS = tuple(n for n, e in methods().items() if e.kind not in ("sparsifying", "slimming"))
 
 
 def compress(folder, out, ids, **options):

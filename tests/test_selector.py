@@ -462,7 +462,7 @@ def numeric_parameters():
 def test_an_unknown_method_is_refused_with_the_closest_name():
     with pytest.raises(UsageError, match=r"no method 'reep'\n  Did you mean 'reap'\?"):
         get_method("reep")
-    with pytest.raises(UsageError, match=r"frequency, .*random, reap, soft-frequency"):
+    with pytest.raises(UsageError, match=r"frequency, .*random, reap, .*soft-frequency"):
         get_method("qqqqqqqq")
 
 
@@ -505,7 +505,7 @@ def test_the_register_lists_every_method_with_what_a_machine_needs():
     assert {"dern", "ean", "frequency", "random", "reap", "soft-frequency"} <= set(known)
     for name, entry in known.items():
         assert entry.name == name
-        assert set(entry.kind.split(" + ")) <= {"pruning", "merging", "sparsifying"}
+        assert set(entry.kind.split(" + ")) <= {"pruning", "merging", "sparsifying", "slimming"}
         assert entry.paper == "folklore" or entry.paper.startswith("arXiv:")
         assert entry.summary.endswith(".")
         parameters = json.loads(json.dumps(entry.parameters()))

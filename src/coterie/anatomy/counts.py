@@ -48,7 +48,7 @@ def with_expert_counts(
     if not names:
         raise ModelError(f"cannot find where the config of {text.model_type} keeps its number of experts ({before})")
     result = copy.deepcopy(raw)
-    section = _section(result, config, text)
+    section = text_section(result, config, text)
     write_counts(section, names, text, counts)
     if len(set(counts.values())) > 1:
         result["quantization_config"] = {**(result.get("quantization_config") or {}), **header(version)}
@@ -72,7 +72,7 @@ def _value(text: Any, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _section(raw: dict[str, Any], config: Any, text: Any) -> dict[str, Any]:
+def text_section(raw: dict[str, Any], config: Any, text: Any) -> dict[str, Any]:
     """The part of the raw config that describes the text decoder: the whole, or a nested sub-config."""
     if config is text:
         return raw
@@ -82,5 +82,5 @@ def _section(raw: dict[str, Any], config: Any, text: Any) -> dict[str, Any]:
             sub is text or (hasattr(sub, "sub_configs") and sub.get_text_config(decoder=True) is text)
         ):
             nested = raw.setdefault(name, {})
-            return _section(nested, sub, text)
+            return text_section(nested, sub, text)
     return raw

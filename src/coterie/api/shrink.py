@@ -19,6 +19,8 @@ from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.planning import make_plan, plan_method
 from coterie.compression.recipe import ORIGINAL, Recipe, RecipeHeal
 from coterie.compression.selector import Budget, parse_layers, parse_protect
+from coterie.compression.slim import slim, slim_forecast
+from coterie.compression.slimming.slimmoe import SlimMoE
 from coterie.compression.sparsify import sparsify, sparsify_forecast
 from coterie.compression.sparsifying.base import Sparsifier
 from coterie.errors import UsageError
@@ -121,8 +123,8 @@ def prepare(
         given = "--data" if data else "--tokens"
         raise UsageError(f"--profile and {given} both say what experts are judged by", "Give one of them.")
     chosen = plan_method(ready_plan) if ready_plan else get_method(method, parameters)
-    if isinstance(chosen, Sparsifier):
-        return _prepare_sparsifier(
+    if isinstance(chosen, Sparsifier | SlimMoE):
+        return _prepare_whole(
             model, chosen, method, runtime, data, seed, text, budget, profile=profile, plan=plan, propagate=propagate
         )
     if chosen.keeps_all:
@@ -154,9 +156,9 @@ def prepare(
     }
 
 
-def _prepare_sparsifier(
+def _prepare_whole(
     model: str,
-    method: Sparsifier,
+    method: Sparsifier | SlimMoE,
     name: str,
     runtime: Runtime,
     data: Sequence[str],
@@ -165,14 +167,19 @@ def _prepare_sparsifier(
     budget: dict[str, Any],
     **other: Any,
 ) -> dict[str, Any]:
-    """The checked request of a method that zeroes weights: it has no budget of experts, no profile and no plan."""
+    """The checked request of a method that keeps every expert: it has no budget of experts, no profile and no plan."""
     said = [key for key, value in budget.items() if value not in (_NO_BUDGET.get(key), [])]
     said += [key for key, value in other.items() if value]
     if said:
         options = ", ".join("--" + key.replace("_", "-") for key in said)
         raise UsageError(
             f"this method removes no expert: {options} would be ignored",
-            f"Leave out {options}; how much to zero is a parameter, e.g. --set sparsity=0.5.",
+            f"Leave out {options}; "
+            + (
+                "how much of each stays is a parameter, e.g. --set width=0.5."
+                if isinstance(method, SlimMoE)
+                else "how much to zero is a parameter, e.g. --set sparsity=0.5."
+            ),
         )
     method.check()
     streamed = runtime.open(model)
@@ -181,6 +188,9 @@ def _prepare_sparsifier(
         check_ids(found, vocabulary_of(streamed))
     memory = parse_size(runtime.memory, least=0)
     request = {"streamed": streamed, "model": model, "method": method, "name": name, "data": found}
+    if isinstance(method, SlimMoE):
+        named = method.teacher not in (None, "original", model)
+        request["teacher"] = runtime.open(str(method.teacher)) if named else None
     return {**request, "seed": seed, "memory": memory}
 
 
@@ -202,6 +212,8 @@ def forecast(
     given = prepared or prepare(model, runtime=runtime, **request)
     if isinstance(given["method"], Sparsifier):
         return sparsify_forecast(Path(out), **given)
+    if isinstance(given["method"], SlimMoE):
+        return slim_forecast(Path(out), **given)
     return run_forecast(Path(out), progress=progress, measure_first=measure, **given)
 
 
@@ -238,6 +250,8 @@ def compress(
     options: dict[str, Any] = {"shard_bytes": shard_bytes, "overwrite": overwrite, "progress": progress}
     if isinstance(given["method"], Sparsifier):
         result = sparsify(streamed, Path(out), **options, **given)
+    elif isinstance(given["method"], SlimMoE):
+        result = slim(streamed, Path(out), **options, **given)
     else:
         result = run_compress(streamed, Path(out), on_first_layer=on_first_layer, **options, **given)
     result.warnings[:0] = given["data"].warnings if given["data"] else []
@@ -285,6 +299,14 @@ def _heal_request(step: RecipeHeal, recipe: Recipe, extra: dict[str, Any]) -> di
     return request
 
 
+def _with_teacher(request: dict[str, Any], original: str) -> dict[str, Any]:
+    """A step whose parameters name a teacher `original` means the model that the recipe began with."""
+    parameters = request.get("parameters") or {}
+    if parameters.get("teacher") != "original":
+        return request
+    return {**request, "parameters": {**parameters, "teacher": original}}
+
+
 def carry_out(
     model: str,
     out: str,
@@ -303,6 +325,8 @@ def carry_out(
     requests : keywords of `compress` or `heal` for each step, as `recipe_requests` makes them.
     on_step : called with (number from 1, result) after every step.
 
+    A parameter `teacher: original` of a step means `model`, in every step.
+
     Steps in between stand beside `out` as OUT.step1, ... until the last one is done. A killed run, started again, goes
     on in the step it was in. Every record (coterie.json) also holds those of the earlier steps.
     """
@@ -311,6 +335,7 @@ def carry_out(
     for request in requests:
         if "heal" in request:
             _check_heal(model, request["heal"], runtime or Runtime())
+    requests = [_with_teacher(request, model) for request in requests]
     source, between = model, list[Path]()
     identity = Checkpoint.open(model, offline=(runtime or Runtime()).offline).digest()
     for number, request in enumerate(requests, 1):

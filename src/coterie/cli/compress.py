@@ -262,12 +262,13 @@ def _show_redundancy(figures: dict[str, Any], where: str) -> None:
 
 
 def _show_result(result: Any, out: str, elapsed: float, report: bool) -> None:
-    from coterie.compression.apply import spoken_sparsity
+    from coterie.compression.apply import slimmed_rows, spoken_sparsity
     from coterie.compression.sizes import spoken_experts
 
     before, after = result.before, result.after
     rows = [
         ["experts per layer", spoken_experts(before.describe()), spoken_experts(after.describe())],
+        *([what, str(old), str(new)] for what, old, new in slimmed_rows(result.record)),
         ["weights", gigabytes(before.bytes), gigabytes(after.bytes)],
         ["parameters", millions(before.parameters), millions(after.parameters)],
         ["active per token", millions(before.active_parameters), millions(after.active_parameters)],

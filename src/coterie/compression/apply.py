@@ -244,6 +244,13 @@ def spoken_sparsity(sparsity: Mapping[str, Any]) -> str:
     return text + "; stored dense, zeros included"
 
 
+def slimmed_rows(record: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """(what, before, after) of everything that became narrower, from a record's `slimming`."""
+    told = record.get("slimming", {})
+    rows = (("neurons per expert", "of", "neurons"), ("key and value heads", "of_kv_heads", "kv_heads"))
+    return [(what, told[old], told[new]) for what, old, new in rows if old in told]
+
+
 def model_card(record: dict[str, Any]) -> str:
     """The section of the model card that says what was done."""
     recipe = record["recipe"]
@@ -258,6 +265,7 @@ def model_card(record: dict[str, Any]) -> str:
         f" (active per token: {before['active_parameters']:,} -> {after['active_parameters']:,})",
         f"- weights: {before['bytes'] / 1e9:.3f} GB -> {after['bytes'] / 1e9:.3f} GB",
         *([f"- zeroed: {spoken_sparsity(record['sparsity'])}"] if "sparsity" in record else []),
+        *(f"- {what}: {old} -> {new}" for what, old, new in slimmed_rows(record)),
         "",
         loads_with(after, record.get("forms", False))
         + " `coterie.json` holds the recipe, digests and versions; `plan.json` which experts stayed.",

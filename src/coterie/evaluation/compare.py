@@ -24,10 +24,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from coterie.errors import DataError, OutputError
 from coterie.evaluation.bootstrap import interval
+from coterie.streaming.head import logits
 from coterie.streaming.lockstep import Batch, Progress, States, sweep
 from coterie.streaming.model import StreamedModel
 from coterie.text import TokenData
@@ -80,14 +80,6 @@ class ModelResult:
         return {"model": self.model, "mean": means, "domains": [asdict(d) for d in self.domains]}
 
 
-class _AnyOutput(MoeModelOutputWithPast):  # type: ignore[misc]
-    """The base model's output with a given hidden state; whatever else a family looks for is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
 class HiddenStates:
     """Hidden states [B, L, H] of all batches behind the last layer, in memory up to `limit` bytes, then in files."""
 
@@ -113,23 +105,6 @@ class HiddenStates:
     def get(self, number: int) -> Tensor:
         held = self._held[number]
         return held if isinstance(held, Tensor) else load_file(held)["hidden"]
-
-
-def logits(streamed: StreamedModel, hidden_BLH: Tensor) -> Tensor:
-    """What the model's own head makes of hidden states: [B, L, V] float32, with the family's scaling and caps.
-
-    The head must be loaded (`load_head`). The whole model's forward runs with its base replaced by the given states.
-    """
-    base = streamed.model.base_model
-    original = base.forward
-    base.forward = lambda *args, **kwargs: _AnyOutput(last_hidden_state=hidden_BLH)
-    try:
-        dummy = torch.zeros(hidden_BLH.shape[:2], dtype=torch.int64, device=hidden_BLH.device)
-        with torch.no_grad():
-            result: Tensor = streamed.model(input_ids=dummy, use_cache=False).logits
-    finally:
-        base.forward = original
-    return result.float()
 
 
 def hidden_states(

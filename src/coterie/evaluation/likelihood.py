@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from coterie.errors import DataError, OutputError
-from coterie.evaluation.compare import CHUNK_BYTES, HiddenStates, logits
+from coterie.evaluation.compare import CHUNK_BYTES, HiddenStates
+from coterie.streaming.head import logits
 from coterie.streaming.lockstep import Batch, Progress, States, sweep
 from coterie.streaming.model import StreamedModel
 

@@ -35,11 +35,13 @@ class LayerObservation:
     def __init__(self, layer: MoELayer, observers: Iterable[type[Observer]], domains: int) -> None:
         self.layer = layer
         multiplier = float(getattr(layer.decoder, "residual_multiplier", 1.0))
-        shape = LayerShape(layer.num_experts, layer.top_k, layer.bank.hidden_size, domains, multiplier)
+        bank = layer.bank
+        shape = LayerShape(bank.num_experts, layer.top_k, bank.hidden_size, domains, multiplier, bank.intermediate_size)
         self.observers = [cls(shape) for cls in observers]
         self._with_outputs = [o for o in self.observers if o.watches_outputs]
         self._with_all = [o for o in self.observers if o.watches_all]
         self._with_sum = [o for o in self.observers if o.watches_sum]
+        self._with_inner = [o for o in self.observers if o.watches_inner]
         self._needs_residual = any(o.needs_residual for o in self.observers)
         self._normed: dict[int, tuple[Tensor, Tensor]] = {}  # output's address: (input, output) of a norm
         self.tokens = 0
@@ -129,9 +131,18 @@ class LayerObservation:
             for _, y_ECH in dense_outputs(self.layer, routing.x_TH):
                 for observer in self._with_all:
                     observer.see_dense(y_ECH)
-        return bool(self._with_outputs or self._with_sum)
+        return bool(self._with_outputs or self._with_sum or self._with_inner)
+
+    def inner(self, expert: int, row_R: Tensor, inner_RI: Tensor) -> None:
+        if self._with_inner:
+            if self._real_T is not None:
+                inner_RI = inner_RI[self._real_T[row_R // self._weight_TK.shape[-1]]]
+            for observer in self._with_inner:
+                observer.see_inner(expert, inner_RI.detach())
 
     def expert(self, expert: int, row_R: Tensor, x_RH: Tensor, y_RH: Tensor) -> None:
+        if not self._with_outputs:
+            return
         K = self._weight_TK.shape[-1]
         token_R = row_R // K
         weight_R, share_R = self._weight_TK.reshape(-1)[row_R], self._share_TK.reshape(-1)[row_R]

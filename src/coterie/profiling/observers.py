@@ -27,6 +27,7 @@ class LayerShape:
     """Sizes an observer needs: E experts, K per token, H hidden, D domains.
 
     residual_multiplier : what the decoder layer multiplies the block's output with before adding it (Granite), else 1.
+    intermediate : I, neurons of an expert.
     """
 
     experts: int
@@ -34,6 +35,7 @@ class LayerShape:
     hidden: int
     domains: int
     residual_multiplier: float = 1.0
+    intermediate: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Observer:
     watches_outputs: ClassVar[bool] = False
     watches_sum: ClassVar[bool] = False
     watches_all: ClassVar[bool] = False
+    watches_inner: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False
     needs_residual: ClassVar[bool] = False
     needs_text: ClassVar[bool] = True
@@ -100,6 +103,9 @@ class Observer:
 
     def see_outputs(self, rows: ExpertRows) -> None:
         """Called once per expert and batch, only if `watches_outputs`."""
+
+    def see_inner(self, expert: int, inner_RI: Tensor) -> None:
+        """Called once per expert and batch, only if `watches_inner`: what its down projection receives."""
 
     def see_sum(self, routing: Routing, sum_TH: Tensor) -> None:
         """Called once per batch after all experts ran, only if `watches_sum`: the routed experts' weighted sum."""

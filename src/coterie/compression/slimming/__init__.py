@@ -1,0 +1,1 @@
+"""Methods that make experts narrower; importing this package's modules registers them."""
