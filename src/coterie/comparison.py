@@ -30,13 +30,12 @@ from coterie.analysis.page import write_page
 from coterie.anatomy import MoELayer, narrowed, slice_names
 from coterie.anatomy.forms import put_back_dense
 from coterie.compression.apply import replaced, router_rows
-from coterie.compression.methods import Method, get_method
+from coterie.compression.methods import Method, OwnJob, get_method
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.planning import known_counts, make_plan, plan_method
 from coterie.compression.rewrite import layout
 from coterie.compression.selector import Budget
 from coterie.compression.sizes import Size, measure, measure_written
-from coterie.compression.sparsifying.base import Sparsifier
 from coterie.errors import CoterieError, UsageError
 from coterie.evaluation.bootstrap import stratified
 from coterie.evaluation.compare import ModelResult
@@ -172,10 +171,10 @@ def compare(
     """
     methods = [get_method(entry.name, entry.parameters) for entry in entries]
     for entry, chosen in zip(entries, methods, strict=True):
-        if isinstance(chosen, Sparsifier):
+        if isinstance(chosen, OwnJob):
             raise UsageError(
-                f"{entry.name} zeroes weights layer after layer on its own text, which cannot be done on the fly",
-                f"Write it with `coterie compress --method {entry.name}` and `coterie evaluate` both checkpoints.",
+                f"{entry.name} cannot be compared on the fly: {chosen.on_the_fly}",
+                f"Write it with `coterie compress --method {entry.name}` and name the result with --checkpoint.",
             )
     size = measure(streamed)
     observers = _observers(streamed, methods, budgets, size)

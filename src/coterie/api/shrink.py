@@ -13,8 +13,9 @@ from coterie import comparison
 from coterie.compression import padding
 from coterie.compression.compress import Result, run_forecast
 from coterie.compression.compress import compress as run_compress
+from coterie.compression.factorizing.mc_smoe import McSmoe
 from coterie.compression.forecast import Forecast
-from coterie.compression.methods import get_method
+from coterie.compression.methods import OwnJob, get_method
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.planning import make_plan, plan_method
 from coterie.compression.recipe import ORIGINAL, Recipe, RecipeHeal
@@ -30,6 +31,7 @@ from coterie.streaming.lockstep import Progress
 from coterie.streaming.model import StreamedModel
 from coterie.streaming.writer import DEFAULT_SHARD_BYTES, check_place, parse_size
 from coterie.text import check_ids, held_out
+from coterie.training.factorize import factorize, factorize_forecast
 
 if TYPE_CHECKING:
     from coterie.training.heal import Healed
@@ -92,6 +94,12 @@ _TEXT = (
 )  # of what `calibration` takes
 
 
+JOBS: dict[type[OwnJob], tuple[Callable[..., Result], Callable[..., Forecast]]] = {
+    Sparsifier: (sparsify, sparsify_forecast),
+    SlimMoE: (slim, slim_forecast),
+    McSmoe: (factorize, factorize_forecast),
+}
+
 _NO_BUDGET: dict[str, Any] = {"scope": "uniform", "minimum": 1, "protect": ()}  # what says nothing
 
 
@@ -123,16 +131,12 @@ def prepare(
         given = "--data" if data else "--tokens"
         raise UsageError(f"--profile and {given} both say what experts are judged by", "Give one of them.")
     chosen = plan_method(ready_plan) if ready_plan else get_method(method, parameters)
-    if isinstance(chosen, Sparsifier | SlimMoE):
-        return _prepare_whole(
+    if isinstance(chosen, OwnJob):
+        return _prepare_job(
             model, chosen, method, runtime, data, seed, text, budget, profile=profile, plan=plan, propagate=propagate
         )
     if chosen.keeps_all:
-        if said := [key for key, value in budget.items() if value not in (_NO_BUDGET.get(key), [])]:
-            named = ", ".join("--" + key.replace("_", "-") for key in said)
-            raise UsageError(
-                f"{method} removes no expert: {named} would be ignored", f"See `coterie methods {method}` instead."
-            )
+        _refuse_budget(budget, f"see `coterie methods {method}`")
         budget = {} if ready_plan else {"keep": 1.0}
     streamed = runtime.open(model)
     how_much = None if ready_plan else budget_of(streamed, **budget)
@@ -156,9 +160,9 @@ def prepare(
     }
 
 
-def _prepare_whole(
+def _prepare_job(
     model: str,
-    method: Sparsifier | SlimMoE,
+    method: OwnJob,
     name: str,
     runtime: Runtime,
     data: Sequence[str],
@@ -167,31 +171,37 @@ def _prepare_whole(
     budget: dict[str, Any],
     **other: Any,
 ) -> dict[str, Any]:
-    """The checked request of a method that keeps every expert: it has no budget of experts, no profile and no plan."""
+    """The checked request of a method with a job of its own: it has no budget of experts, no profile and no plan."""
+    _refuse_budget(budget, method.how_much, **other)
+    method.check()
+    streamed = runtime.open(model)
+    found = calibration(model, data, seed=seed, runtime=runtime, **text) if method.needs_text else None
+    if method.needs_text and found is None:
+        raise UsageError(f"{name} needs text", "Name some with --data.")
+    if found is not None:
+        check_ids(found, vocabulary_of(streamed))
+    memory = parse_size(runtime.memory, least=0)
+    request = {"streamed": streamed, "model": model, "method": method, "name": name, "data": found}
+    if "teacher" in type(method).model_fields:
+        teacher = getattr(method, "teacher")  # noqa: B009
+        request["teacher"] = None if teacher in (None, ORIGINAL, model) else runtime.open(str(teacher))
+    return {**request, "seed": seed, "memory": memory}
+
+
+def _refuse_budget(budget: dict[str, Any], instead: str, **other: Any) -> None:
+    """Raise UsageError for options that say which experts stay, where all do."""
     said = [key for key, value in budget.items() if value not in (_NO_BUDGET.get(key), [])]
     said += [key for key, value in other.items() if value]
     if said:
         options = ", ".join("--" + key.replace("_", "-") for key in said)
         raise UsageError(
-            f"this method removes no expert: {options} would be ignored",
-            f"Leave out {options}; "
-            + (
-                "how much of each stays is a parameter, e.g. --set width=0.5."
-                if isinstance(method, SlimMoE)
-                else "how much to zero is a parameter, e.g. --set sparsity=0.5."
-            ),
+            f"this method removes no expert: {options} would be ignored", f"Leave out {options}; {instead}."
         )
-    method.check()
-    streamed = runtime.open(model)
-    found = calibration(model, data, seed=seed, runtime=runtime, **text) if method.needs_text else None
-    if found is not None:
-        check_ids(found, vocabulary_of(streamed))
-    memory = parse_size(runtime.memory, least=0)
-    request = {"streamed": streamed, "model": model, "method": method, "name": name, "data": found}
-    if isinstance(method, SlimMoE):
-        named = method.teacher not in (None, "original", model)
-        request["teacher"] = runtime.open(str(method.teacher)) if named else None
-    return {**request, "seed": seed, "memory": memory}
+
+
+def _job_of(method: OwnJob) -> tuple[Callable[..., Result], Callable[..., Forecast]]:
+    """What carries a method with a job of its own out, and what says beforehand what it needs."""
+    return next(job for kind, job in JOBS.items() if isinstance(method, kind))
 
 
 def forecast(
@@ -210,10 +220,8 @@ def forecast(
     Raises whatever `compress` would raise before it writes.
     """
     given = prepared or prepare(model, runtime=runtime, **request)
-    if isinstance(given["method"], Sparsifier):
-        return sparsify_forecast(Path(out), **given)
-    if isinstance(given["method"], SlimMoE):
-        return slim_forecast(Path(out), **given)
+    if isinstance(given["method"], OwnJob):
+        return _job_of(given["method"])[1](Path(out), **given)
     return run_forecast(Path(out), progress=progress, measure_first=measure, **given)
 
 
@@ -248,10 +256,8 @@ def compress(
     given = dict(prepared or prepare(model, runtime=runtime, **request))
     streamed, shard_bytes = given.pop("streamed"), parse_size(shard_size) if shard_size else DEFAULT_SHARD_BYTES
     options: dict[str, Any] = {"shard_bytes": shard_bytes, "overwrite": overwrite, "progress": progress}
-    if isinstance(given["method"], Sparsifier):
-        result = sparsify(streamed, Path(out), **options, **given)
-    elif isinstance(given["method"], SlimMoE):
-        result = slim(streamed, Path(out), **options, **given)
+    if isinstance(given["method"], OwnJob):
+        result = _job_of(given["method"])[0](streamed, Path(out), **options, **given)
     else:
         result = run_compress(streamed, Path(out), on_first_layer=on_first_layer, **options, **given)
     result.warnings[:0] = given["data"].warnings if given["data"] else []

@@ -16,7 +16,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -163,6 +163,28 @@ class Method(BaseModel):
     def plain_checkpoint(self, plan: LayerPlan) -> str | None:
         """Why a plain checkpoint cannot hold this method's result for this layer, or None if it can."""
         return None
+
+
+class OwnJob(Method):
+    """Base of methods that keep every expert and change weights in a job of their own (see `api.shrink.JOBS`).
+
+    needs_text : does it look at any? how_much : what says how much is changed, for a hint. on_the_fly : why two methods
+    of this kind cannot be compared without writing a checkpoint.
+    """
+
+    how_much: ClassVar[str] = ""
+    on_the_fly: ClassVar[str] = ""
+
+    def check(self) -> None:
+        """Raise UsageError for parameters that do not go together."""
+
+    @property
+    def needs_text(self) -> bool:
+        return True
+
+    @property
+    def keeps_all(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)

@@ -43,16 +43,16 @@ class Factored:
     def project(self, name: str, expert: int, x_RI: Tensor) -> Tensor:
         """One projection under its stock name, biases included: [R, I] -> [R, O]."""
         if name == "gate_up_proj":
-            gate_RO, up_RO = self._apply("gate", expert, x_RI), self._apply("up", expert, x_RI)
+            gate_RO, up_RO = self._multiply("gate", expert, x_RI), self._multiply("up", expert, x_RI)
             joined = [gate_RO, up_RO]
             concatenated = self.is_concatenated  # type: ignore[attr-defined]
             y_RO = torch.cat(joined, -1) if concatenated else torch.stack(joined, -1).flatten(-2)
         else:
-            y_RO = self._apply(name.removesuffix("_proj"), expert, x_RI)
+            y_RO = self._multiply(name.removesuffix("_proj"), expert, x_RI)
         bias = getattr(self, f"{name}_bias", None) if self.has_bias else None  # type: ignore[attr-defined]
         return y_RO if bias is None else y_RO + bias[expert].to(y_RO.dtype)
 
-    def _apply(self, p: str, expert: int, x_RI: Tensor) -> Tensor:
+    def _multiply(self, p: str, expert: int, x_RI: Tensor) -> Tensor:
         a_OQ = widened(getattr(self, f"factor_{p}_a")[expert], x_RI.dtype, f"factor_{p}_a")
         b_QI = widened(getattr(self, f"factor_{p}_b")[expert], x_RI.dtype, f"factor_{p}_b")
         y_RO = F.linear(F.linear(x_RI, b_QI), a_OQ)

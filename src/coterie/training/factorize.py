@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ from coterie.anatomy.forms import projection_shapes
 from coterie.compression.apply import Output, is_matrix
 from coterie.compression.compress import Result, earlier_steps, versions
 from coterie.compression.factorizing.mc_smoe import McSmoe, staying
+from coterie.compression.forecast import Forecast, forecast
 from coterie.compression.merging.operators import MATRIX, factorise, stable_rank
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.sizes import measure, measure_written
 from coterie.errors import UsageError
 from coterie.experts import factored
+from coterie.streaming.checkpoint import DTYPES
 from coterie.streaming.lockstep import Progress
 from coterie.streaming.model import StreamedModel
 from coterie.streaming.writer import DEFAULT_SHARD_BYTES, Workspace
@@ -67,8 +69,7 @@ def factorize(
 
     Raises UsageError where experts are factored already or a rank is too high, and what `distil` raises.
     """
-    if any(layer.bank.factored for layer in streamed.moe.values()):
-        raise UsageError(f"the experts of {model} are stored as factors already", "Start from the checkpoint before.")
+    check_dense(streamed, model)
     ranks = {index: method.ranks(layer) for index, layer in streamed.moe.items()}
     guide, bar = teacher or streamed, progress or Progress()
     digest, before = streamed.checkpoint.digest(), measure(streamed)
@@ -132,6 +133,35 @@ def factorize(
             "notes": method.notes(),
         }
         return _write(streamed, student, work, method, name, model, before, record, figures, shard_bytes)
+
+
+def factorize_forecast(
+    out: Path,
+    *,
+    streamed: StreamedModel,
+    model: str,
+    method: McSmoe,
+    name: str,
+    data: TokenData,
+    teacher: StreamedModel | None,
+    seed: int,
+    memory: int,
+) -> Forecast:
+    """What `factorize` with the same arguments will need; checks ranks as it does, writes nothing."""
+    check_dense(streamed, model)
+    for layer in streamed.moe.values():
+        method.ranks(layer)
+    size = measure(streamed)
+    ahead = forecast(streamed, size, 1.0, out, data, memory, 1)
+    experts = size.parameters_of_expert * size.experts_total
+    learned = size.parameters + experts  # experts are there as factors and as rows
+    return replace(ahead, memory_bytes=ahead.memory_bytes + 16 * learned, scratch_bytes=2 * 12 * learned)
+
+
+def check_dense(streamed: StreamedModel, model: str) -> None:
+    """Raise UsageError where experts are no matrices any more."""
+    if any(layer.bank.factored for layer in streamed.moe.values()):
+        raise UsageError(f"the experts of {model} are stored as factors already", "Start from the checkpoint before.")
 
 
 def _options(method: McSmoe, data: TokenData) -> tuple[Distillation, list[Rule]]:
@@ -275,19 +305,20 @@ class TrainedOutput(Output):
     def _replaced(self, streamed: StreamedModel) -> tuple[dict[int, set[str]], dict[int, dict[str, Tensor]]]:
         gone: dict[int, set[str]] = {}
         fresh: dict[int, dict[str, Tensor]] = {}
-        stored = {name for name in streamed.params.values() if name is not None}
-        for name in stored & set(self.trained):
+        tensors = streamed.checkpoint.tensors  # of what a sweep has loaded, the model's own dtype is another
+        stored = {name: DTYPES[tensors[key].dtype] for key, name in streamed.params.items() if name is not None}
+        for name in stored.keys() & self.trained.keys():
             index = layer_of(streamed, name)
             meta = streamed.model.get_parameter_or_buffer(name).detach()
             gone.setdefault(index, set()).add(name)
-            fresh.setdefault(index, {})[name] = torch.empty_like(meta, device="meta")
+            fresh.setdefault(index, {})[name] = torch.empty(meta.shape, dtype=stored[name], device="meta")
         for index, layer in streamed.moe.items():
             gone.setdefault(index, set()).update(n for n in stored if is_matrix(layer, n))
-            dtype = layer.experts.down_proj.dtype
+            dtype = next(kind for name, kind in stored.items() if is_matrix(layer, name))
             for name in new_names(layer, self.trained):
                 value = self.trained[name]
                 kind = dtype if value.is_floating_point() else value.dtype
-                fresh.setdefault(index, {})[name] = torch.empty(value.shape, dtype=kind, device="meta")  # type: ignore[arg-type]
+                fresh.setdefault(index, {})[name] = torch.empty(value.shape, dtype=kind, device="meta")
         return gone, fresh
 
 

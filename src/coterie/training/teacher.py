@@ -31,7 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coterie.errors import DataError, UsageError
-from coterie.evaluation.compare import CHUNK_BYTES, logits
+from coterie.evaluation.compare import CHUNK_BYTES
+from coterie.streaming.head import logits
 from coterie.streaming.lockstep import Batch, Progress, States, sweep
 from coterie.streaming.model import StreamedModel
 from coterie.streaming.writer import Workspace, disk_error, write_json

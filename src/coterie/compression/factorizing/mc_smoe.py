@@ -21,6 +21,8 @@ steps asked for, of which T_i and T_f are shares. The paper trains for 10000 ste
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -28,13 +30,16 @@ from torch import Tensor
 from coterie.anatomy import MoELayer
 from coterie.anatomy.forms import projection_shapes
 from coterie.compression.merging.operators import ranks_of
-from coterie.compression.methods import Method, method
+from coterie.compression.methods import OwnJob, method
 from coterie.errors import ModelError
 
 
 @method("mc-smoe", kind="factorizing", paper="arXiv:2310.01334")
-class McSmoe(Method):
+class McSmoe(OwnJob):
     """Store experts as low rank plus the rows training finds to matter, distilled from the original."""
+
+    how_much: ClassVar[str] = "what stays is a parameter, e.g. --set rank=32"
+    on_the_fly: ClassVar[str] = "it trains"
 
     rank: int = Field(32, ge=1, description="Rank r of U V; at most the full rank.")
     rows: float = Field(0.1, ge=0, le=1, description="p_T: share of the rows of S that stay in the end.")

@@ -19,11 +19,11 @@ stage one (a full KL to the model itself has no gradient) and the taking of |.| 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from coterie.compression.methods import Method, Pick, method
+from coterie.compression.methods import OwnJob, Pick, method
 from coterie.errors import UsageError
 
 STEP = 64  # what kernels, tensor parallelism and quantization groups like expert widths to be a multiple of
@@ -31,8 +31,11 @@ GRADIENTS = ("kd_top8", "lm", "fisher")
 
 
 @method("slimmoe", kind="slimming", paper="arXiv:2506.18349")
-class SlimMoE(Method):
+class SlimMoE(OwnJob):
     """Keep every expert, with its most sensitive neurons."""
+
+    how_much: ClassVar[str] = "how much of each stays is a parameter, e.g. --set width=0.5"
+    on_the_fly: ClassVar[str] = "it measures gradients of the whole model"
 
     width: float | None = Field(None, gt=0, le=1, description="Share of each expert's neurons that stays.")
     neurons: int | None = Field(None, description="Instead: number of neurons of each expert that stay.")

@@ -16,14 +16,15 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from coterie.compression.methods import Method, Pick
+from coterie.compression.methods import OwnJob, Pick
 from coterie.errors import UsageError
 
 
-class Sparsifier(Method):
+class Sparsifier(OwnJob):
     """Base of all methods that zero weights instead of removing experts."""
 
-    needs_text: ClassVar[bool] = True  # importance depends on the matrix's inputs
+    how_much: ClassVar[str] = "how much to zero is a parameter, e.g. --set sparsity=0.5"
+    on_the_fly: ClassVar[str] = "it zeroes weights layer after layer on its own text"
     needs_ratios: ClassVar[bool] = False  # a sweep over the original comes first (`outlier_ratio`)
 
     sparsity: float | None = Field(

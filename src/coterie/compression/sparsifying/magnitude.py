@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from coterie.compression.methods import method
@@ -16,7 +14,9 @@ from coterie.compression.sparsifying.base import Sparsifier
 class Magnitude(Sparsifier):
     """Zero the smallest weights of every output row."""
 
-    needs_text: ClassVar[bool] = False
+    @property
+    def needs_text(self) -> bool:
+        return False
 
     def importance(self, weight_OI: Tensor, norm_I: Tensor | None) -> Tensor:
         return weight_OI.float().abs()
