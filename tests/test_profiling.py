@@ -5,6 +5,7 @@
 import copy
 import functools
 import itertools
+import statistics
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ from coterie.profiling.observers import (
     SelectionCount,
     WeightedOutputNorm,
 )
+from coterie.profiling.pairs import CONFLICT, conflict
 from coterie.profiling.profile import LayerProfile, Profile
 from coterie.profiling.run import profile_model
 from coterie.profiling.sample import input_sample, sample_names
@@ -352,6 +354,31 @@ def test_a_sample_of_inputs_holds_real_tokens_with_the_experts_they_selected(che
     assert {number for number, _ in found} == {0, 1}
     everything = profiled(checkpoint("mixtral"), batches, [input_sample(1000)]).layers[layers[0].index]
     assert len(everything.stats[sample_names(1000)[0]]) == everything.tokens
+
+
+@pytest.mark.parametrize("family", FEW)
+@torch.no_grad()
+def test_the_conflict_of_a_cluster_equals_plain_loops_over_tokens(family, checkpoint):
+    batches = [padded(0), padded(1)]
+    profile = profiled(checkpoint(family), batches, CONFLICT)
+    (layer, *_), calls = watch_resident(checkpoint(family), batches)
+    seen = calls[layer.index]
+    members = [0, 1, 3]
+    distance, share = {}, {}
+    for batch, (x_TH, _, index_TK, weight_TK) in zip(batches, seen, strict=True):
+        for t in batch.mask_BL.flatten().nonzero().flatten().tolist():
+            gate = dict(zip(index_TK[t].tolist(), weight_TK[t].double().tolist(), strict=True))
+            y = {e: expert_output(layer, e, x_TH[t]).double() for e in members}
+            for i, j in itertools.combinations(members, 2):
+                distance.setdefault((i, j), []).append(float((y[i] - y[j]).square().sum()))
+                if i in gate or j in gate:
+                    share.setdefault((i, j), []).append(gate.get(i, 0.0) / (gate.get(i, 0.0) + gate.get(j, 0.0)))
+    assert any(0 < r < 1 for shares in share.values() for r in shares)
+    found = conflict(profile.layers[layer.index], members)
+    assert found.distance == pytest.approx(sum(map(statistics.fmean, distance.values())) / 3, rel=1e-5)
+    variances = [statistics.pvariance(share[pair]) if pair in share else 0.0 for pair in distance]
+    assert found.variance == pytest.approx(sum(variances) / 3, rel=1e-9)
+    assert conflict(profile.layers[layer.index], [2]) == (0, 0)
 
 
 # -- padding and batches ----------------------------------------------------------------------------------------------

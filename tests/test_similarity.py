@@ -141,6 +141,8 @@ def test_a_distance_as_gram_matrix_gives_k_means_of_the_points():
     y_EH = 5 * centre[torch.arange(12) % 4] + torch.randn(12, 8, generator=torch.Generator().manual_seed(2)).double()
     layer = profile_of(12, 1, dense_output_sum_EH=y_EH)
     measure = SIMILARITIES["mean-outputs"]
+    centred_EH = y_EH - y_EH.mean(0)
+    torch.testing.assert_close(measure.gram(layer), centred_EH @ centred_EH.T)
     labels, objective = kernel_k_means(measure.gram(layer), 4, 0)
     assert labels == k_means(y_EH, 4, 0)
     expected = sum(float((y_EH[own] - y_EH[own].mean(0)).square().sum()) for own in members_of(labels))
