@@ -13,7 +13,7 @@ Plans name clusters by their leader, the member whose place the merged expert ta
 how layers share a budget is the methods' business.
 """
 
-# E experts, K stored experts, H hidden, I expert intermediate
+# T tokens, E experts, K stored experts (in index_TK slots per token), H hidden, I expert intermediate
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from coterie.anatomy import ExpertBank, ExpertWeights, MoELayer
+from coterie.anatomy import ExpertBank, MoELayer
 from coterie.compression.alignment import aligned, reordered
 from coterie.compression.merging.operators import weighted_mean
 from coterie.compression.methods import Method, Pick
 from coterie.compression.plan import LayerPlan
 from coterie.compression.selector import Budget, equal_groups
 from coterie.errors import UsageError
+from coterie.experts.forward import inner_activation
 from coterie.profiling.observers import Observer
 from coterie.profiling.profile import LayerProfile
-from coterie.profiling.sample import input_sample
+from coterie.profiling.sample import input_sample, sample_names
 
 SAMPLE = 512  # tokens on which activations are matched
 
@@ -141,41 +142,39 @@ class Merger(Method):
 
     def rebuild(self, experts: ExpertBank, plan: LayerPlan, seen: LayerProfile | None = None) -> dict[str, float]:
         """Merge each cluster into its leader's place. Peak memory: one cluster of experts in float32."""
-        first = None
+        reference = None
         if self.reference == "first" and self.align != "none":  # a copy: its place may be written to before the end
-            first = reordered(experts.read(0, torch.float32), torch.arange(experts.intermediate_size))
+            reference = reordered(experts.read(0, torch.float32), torch.arange(experts.intermediate_size))
+        acts = Activations(experts, seen) if self.align == "activations" else None
+        first_TI = acts.of(0) if acts is not None and reference is not None else None
         merged = 0
         for leader, members in clusters_of(plan).items():
             if len(members) == 1:
                 continue
-            parts = self._aligned(experts, leader, members, first, seen)
+            parts = [experts.read(member, torch.float32) for member in members]
+            if self.align != "none" and self.weights != "leader":
+                model = parts[members.index(leader)] if reference is None else reference
+                model_TI = acts.of(leader) if acts is not None and first_TI is None else first_TI
+                number = leader if reference is None else 0
+                for place, member in enumerate(members):
+                    if member != number:
+                        sample = None if acts is None else acts.shared(number, model_TI, member)
+                        parts[place] = aligned(model, parts[place], by=self._by, sample=sample)
             mean = weighted_mean(parts, [self.share(plan, leader, member) for member in members])
             for place in members if self.router == "duplicated" else [leader]:
                 experts.write(place, mean)
             merged += len(members)
         return {"clusters": len(clusters_of(plan)), "merged": merged}
 
+    @property
+    def _by(self) -> Literal["weights", "activations"]:
+        return "activations" if self.align == "activations" else "weights"
+
     def share(self, plan: LayerPlan, leader: int, member: int) -> float:
         """What a member counts in its cluster, before the shares are made to sum to one."""
         if self.weights == "leader":
             return float(member == leader)
         return float(plan.extra["frequency"][member]) if self.weights == "frequency" else 1.0
-
-    def _aligned(
-        self,
-        experts: ExpertBank,
-        leader: int,
-        members: Sequence[int],
-        first: ExpertWeights | None,
-        seen: LayerProfile | None,
-    ) -> list[ExpertWeights]:
-        parts = [experts.read(member, torch.float32) for member in members]
-        if self.align == "none" or self.weights == "leader":
-            return parts
-        reference = first if first is not None else parts[list(members).index(leader)]
-        if self.align == "weights":
-            return [part if part is reference else aligned(reference, part) for part in parts]
-        raise TypeError("activations")
 
     def router_rows(self, rows: dict[str, Tensor], plan: LayerPlan) -> dict[str, Tensor]:
         clusters = list(clusters_of(plan).values())
@@ -188,6 +187,27 @@ class Merger(Method):
         if self.router == "duplicated":
             return ["every member of a cluster was written: the checkpoint is as large as before"]
         return []
+
+
+class Activations:
+    """What the neurons of experts do on a sample of a layer's inputs, for as long as the experts are as they were."""
+
+    def __init__(self, experts: ExpertBank, seen: LayerProfile | None) -> None:
+        assert seen is not None
+        inputs, ids = sample_names(SAMPLE)
+        self.experts = experts
+        self.x_TH, self.index_TK = seen.stats[inputs], seen.stats[ids]
+
+    @torch.no_grad()
+    def of(self, expert: int) -> Tensor:
+        """[T, I], float32."""
+        return inner_activation(self.experts.module, expert, self.x_TH.float()).float()
+
+    def shared(self, one: int, one_TI: Tensor | None, other: int) -> tuple[Tensor, Tensor]:
+        """Activations of both experts on the tokens that were routed to either."""
+        assert one_TI is not None
+        routed_T = ((self.index_TK == one) | (self.index_TK == other)).any(1)
+        return one_TI[routed_T], self.of(other)[routed_T]
 
 
 def clusters_of(plan: LayerPlan) -> dict[int, list[int]]:
