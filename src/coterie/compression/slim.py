@@ -13,6 +13,7 @@ or layers, and ends with the same bytes.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -325,6 +326,8 @@ class _Run:
             scores = self._activations(States(self.work.folder / "states", memory), progress)
         try:
             save_file({name: score.contiguous() for name, score in scores.items()}, file)
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
         except (OSError, SafetensorError) as error:
             raise OutputError(f"cannot keep scores in {file}: {error}") from error
         self.work.record({"scored": self.told})

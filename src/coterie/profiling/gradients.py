@@ -228,7 +228,8 @@ def top_logits(
             loaded = True
         rows = []
         for hidden_LH in hidden_BLH:
-            value_LC, index_LC = logits(streamed, hidden_LH[None])[0].topk(count, dim=-1)
+            logits_LV = logits(streamed, hidden_LH[None])[0]
+            value_LC, index_LC = logits_LV.topk(min(count, logits_LV.shape[-1]), dim=-1)
             rows.append((index_LC.int().cpu(), value_LC.cpu()))
         found[number] = rows
 
