@@ -353,7 +353,8 @@ class DenseOutput(Observer):
         self.dense_output_sum_EH = torch.zeros(shape.experts, shape.hidden, dtype=torch.float64)
 
     def see_dense(self, y_ETH: Tensor) -> None:
-        self.dense_output_sum_EH += y_ETH.sum(1, dtype=torch.float64).cpu()
+        for part in torch.split(y_ETH, 16, dim=1):  # few at a time: they are widened to float64
+            self.dense_output_sum_EH += part.double().sum(1).cpu()
 
 
 class OutputCosine(Observer):
