@@ -22,8 +22,8 @@ from coterie.training import heal as heal_module
 from coterie.training.distillation import top_k
 from coterie.training.heal import Distillation, choose, distil
 from coterie.training.teacher import TeacherCache, write_cache
-from coterie.training.trainer import Rule, expert_parameters, router_parameters
-from families import FEW, each_tensor, edit_json, resident, saved, tiny, token_file, tokens
+from coterie.training.trainer import Rule, expert_parameters, processes, router_parameters, write_trained
+from families import FAMILIES, FEW, each_tensor, edit_json, resident, saved, tiny, token_file, tokens
 from inprocess import cli, copy_of, fingerprint, start, until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -183,6 +183,31 @@ def test_a_balancing_loss_that_the_config_asks_for_plays_no_part(teacher, studen
     assert json.loads((tmp_path / "b/config.json").read_text())["output_router_logits"] is True
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_written_back_under_the_names_it_had(family, tmp_path):
+    source = saved(family, tmp_path)
+    model, names = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), set()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(0.01)
+            names.add(name)
+    (tmp_path / "out").mkdir()
+    write_trained(model, names, Runtime().open(str(source)), tmp_path / "out")
+    assert len(changed(source, tmp_path / "out")) > 3
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    expected = model.state_dict()
+    assert again.keys() == expected.keys()
+    for name in names:
+        torch.testing.assert_close(again[name], expected[name], atol=0, rtol=2**-8)
+
+
+def test_embeddings_that_are_also_the_head_are_written_once(ids, tmp_path):
+    source = saved("qwen3-moe", tmp_path, tie_word_embeddings=True)
+    text = {"tokens": ids, "teacher": str(source), "loss": "cross-entropy"}
+    coterie.heal(str(source), str(tmp_path / "out"), **text, **SHORT)
+    assert "model.embed_tokens.weight" in changed(source, tmp_path / "out")
+
+
 # -- the teacher ------------------------------------------------------------------------------------------------------
 
 
@@ -265,51 +290,64 @@ def test_one_step_on_a_cache_of_all_tokens_has_the_gradient_of_a_step_with_the_t
         torch.testing.assert_close(grad, found[1][name], atol=2e-3 * float(grad.abs().max()) + 1e-7, rtol=0)
 
 
-def test_a_kept_cache_is_used_again_and_the_teacher_not_read(teacher, student, ids, tmp_path, monkeypatch):
-    options = {**SHORT, "teacher": teacher, "tokens": ids, "cache": str(tmp_path / "cache")}
-    one = coterie.heal(student, str(tmp_path / "a"), **options)
-    before = fingerprint(tmp_path / "cache")
+def test_a_kept_cache_is_used_again_and_the_teacher_not_read(kept, teacher, student, ids, tmp_path, monkeypatch):
+    before = fingerprint(kept)
     monkeypatch.setattr(heal_module, "write_cache", lambda *a, **k: pytest.fail("the teacher was read again"))
-    two = coterie.heal(student, str(tmp_path / "b"), **options)
-    assert fingerprint(tmp_path / "cache") == before
-    assert changed(tmp_path / "a", tmp_path / "b") == set()
-    assert one.losses == two.losses
-    assert not (tmp_path / "a/cache").exists()
+    coterie.heal(student, str(tmp_path / "out"), teacher=teacher, tokens=ids, cache=str(kept), **SHORT)
+    assert fingerprint(kept) == before
+    assert changed(kept.parent / "out", tmp_path / "out") == set()
+    assert not (tmp_path / "out/cache").exists()
+
+
+@pytest.fixture(scope="module")
+def kept(teacher, student, ids, tmp_path_factory):
+    """The cache of a run."""
+    folder = tmp_path_factory.mktemp("kept")
+    coterie.heal(student, str(folder / "out"), teacher=teacher, tokens=ids, cache=str(folder / "cache"), **SHORT)
+    return folder / "cache"
+
+
+def refused(error, says, folder, *given, **options):
+    with pytest.raises(error, match=says):
+        coterie.heal(given[0], str(folder / "refused"), teacher=given[-1], **{**SHORT, **options})
+    assert not (folder / "refused").exists()
+    assert not (folder / "refused.partial").exists()
+
+
+def test_a_cache_of_other_text_is_refused(kept, teacher, student, tmp_path):
+    save_file({"input_ids": tokens(16, 24, 9).clone()}, tmp_path / "other.safetensors")
+    text = {"tokens": str(tmp_path / "other.safetensors"), "cache": str(kept)}
+    refused(DataError, "made from other text", tmp_path, student, teacher, **text)
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "says"),
-    [
-        ({"seed": 5}, DataError, "made from other text"),
-        ({"top": 17}, UsageError, "holds the top 16 tokens, not 17"),
-        ({"temperature": 2.0}, UsageError, "has temperature 1, not 2"),
-    ],
+    ("change", "says"),
+    [({"top": 17}, "holds the top 16 tokens, not 17"), ({"temperature": 2.0}, "has temperature 1, not 2")],
 )
-def test_a_cache_that_does_not_fit_is_refused(change, error, says, teacher, student, ids, tmp_path, monkeypatch):
-    cache = tmp_path / "cache"
-    text = tmp_path / "other.safetensors"
-    save_file({"input_ids": tokens(16, 24, 9).clone()}, text)
-    coterie.heal(student, str(tmp_path / "a"), teacher=teacher, tokens=ids, cache=str(cache), **SHORT)
-    options = {**SHORT, "tokens": str(text) if "seed" in change else ids, **change}
-    with pytest.raises(error, match=says):
-        coterie.heal(student, str(tmp_path / "b"), teacher=teacher, cache=str(cache), **options)
-    assert not (tmp_path / "b").exists()
+def test_a_cache_that_holds_too_little_is_refused(change, says, kept, teacher, student, ids, tmp_path):
+    refused(UsageError, says, tmp_path, student, teacher, tokens=ids, cache=str(kept), **change)
+    with pytest.raises(UsageError, match=says):
+        distil(
+            tiny("mixtral"),
+            load_tokens(Path(ids)),
+            TeacherCache(kept),
+            Distillation(**{**SHORT, **change}),
+            folder=tmp_path,
+        )
 
 
-def test_a_cache_of_another_vocabulary_or_teacher_and_a_damaged_one_are_refused(teacher, student, ids, tmp_path):
-    cache, options = tmp_path / "cache", {"tokens": ids, **SHORT}
-    coterie.heal(student, str(tmp_path / "a"), teacher=teacher, cache=str(cache), **options)
-    with pytest.raises(UsageError, match="by another teacher"):
-        coterie.heal(student, str(tmp_path / "b"), teacher=student, cache=str(cache), **options)
-    other = saved("qwen3-moe", tmp_path, vocab_size=600)
-    with pytest.raises(UsageError, match="over 512 tokens, the student knows 600"):
-        coterie.heal(str(other), str(tmp_path / "b"), teacher=str(other), cache=str(cache), **options)
+def test_a_cache_of_another_teacher_or_vocabulary_is_refused(kept, student, ids, tmp_path):
+    refused(UsageError, "by another teacher", tmp_path, student, student, tokens=ids, cache=str(kept))
+    other = str(saved("qwen3-moe", tmp_path, vocab_size=600))
+    refused(UsageError, "over 512 tokens, the student knows 600", tmp_path, other, other, tokens=ids, cache=str(kept))
+
+
+def test_a_damaged_cache_is_refused(kept, teacher, student, ids, tmp_path):
+    cache = copy_of(kept, tmp_path / "cache")
     (cache / "000000.safetensors").write_bytes(b"not a tensor")
-    with pytest.raises(DataError, match="safetensors is damaged"):
-        coterie.heal(student, str(tmp_path / "b"), teacher=teacher, cache=str(cache), **options)
+    refused(DataError, "safetensors is damaged", tmp_path, student, teacher, tokens=ids, cache=str(cache))
     (cache / "cache.json").write_text("{")
-    with pytest.raises(DataError, match=r"cache\.json is damaged"):
-        coterie.heal(student, str(tmp_path / "b"), teacher=teacher, cache=str(cache), **options)
+    refused(DataError, r"cache\.json is damaged", tmp_path, student, teacher, tokens=ids, cache=str(cache))
 
 
 def test_a_sweep_for_a_cache_that_was_killed_goes_on_and_ends_the_same(tmp_path, monkeypatch):
@@ -337,6 +375,24 @@ def test_a_sweep_for_a_cache_that_was_killed_goes_on_and_ends_the_same(tmp_path,
     assert read == [2]  # only the last layer
     assert len(seen) == 4  # one batch was there already
     assert fingerprint(tmp_path / "cache") == fingerprint(tmp_path / "whole")
+
+
+def test_a_run_interrupted_while_the_teacher_is_read_goes_on_there(teacher, student, ids, tmp_path, monkeypatch):
+    from coterie.training import teacher as module
+
+    real = module._score
+    monkeypatch.setattr(module, "_score", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        coterie.heal(student, str(tmp_path / "out"), teacher=teacher, tokens=ids, **SHORT)
+    assert (tmp_path / "out.partial/cache.partial/states/after-0001").is_dir()
+    monkeypatch.setattr(module, "_score", real)
+    coterie.heal(student, str(tmp_path / "out"), teacher=teacher, tokens=ids, **SHORT)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_second_device_is_refused_because_the_trainer_would_not_take_it():
+    with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES=1"):
+        processes("cuda:1")
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -581,6 +637,7 @@ def test_a_request_that_makes_no_sense_is_refused_before_anything_is_read(option
 def test_without_text_nothing_starts(teacher, student, tmp_path):
     with pytest.raises(UsageError, match="healing needs text"):
         coterie.heal(student, str(tmp_path / "out"), teacher=teacher)
+    assert not (tmp_path / "out.partial").exists()
     (tmp_path / "empty.txt").write_text(" ")
     with pytest.raises(DataError, match="no text in"):
         coterie.heal(student, str(tmp_path / "out"), [str(tmp_path / "empty.txt")], teacher=teacher)

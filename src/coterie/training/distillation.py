@@ -49,21 +49,21 @@ class TopK:
 
 def top_k(logits_TV: Tensor, k: int, temperature: float = 1.0) -> TopK:
     """The k most likely tokens and what is left for the others."""
-    log_p_TV = (logits_TV.float() / temperature).log_softmax(-1)
+    log_p_TV = _log_softmax(logits_TV, temperature)
     log_p_TK, ids_TK = log_p_TV.topk(k)
     return TopK(ids_TK, log_p_TK, _outside(log_p_TV, ids_TK))
 
 
 def full_kl(student_TV: Tensor, teacher_TV: Tensor, temperature: float = 1.0) -> Tensor:
     """KL of the whole distributions. Shape [T]. Peak memory: four times the student's float32 logits."""
-    log_q_TV = (student_TV.float() / temperature).log_softmax(-1)
-    log_p_TV = (teacher_TV.float() / temperature).log_softmax(-1)
+    log_q_TV = _log_softmax(student_TV, temperature)
+    log_p_TV = _log_softmax(teacher_TV, temperature)
     return temperature**2 * _kl(log_p_TV, log_q_TV)
 
 
 def tail_kl(student_TV: Tensor, teacher: TopK, temperature: float = 1.0) -> Tensor:
     """KL over the teacher's K tokens and one bucket for the others. Shape [T]. Zero, without gradient, at equality."""
-    log_q_TV = (student_TV.float() / temperature).log_softmax(-1)
+    log_q_TV = _log_softmax(student_TV, temperature)
     log_q_TK, log_p_TK = log_q_TV.gather(-1, teacher.ids_TK), teacher.log_p_TK
     if teacher.ids_TK.shape[-1] < student_TV.shape[-1]:
         log_q_TK = torch.cat([log_q_TK, _outside(log_q_TV, teacher.ids_TK)[..., None]], -1)
@@ -73,13 +73,13 @@ def tail_kl(student_TV: Tensor, teacher: TopK, temperature: float = 1.0) -> Tens
 
 def renormalised_kl(student_TV: Tensor, teacher: TopK, temperature: float = 1.0) -> Tensor:
     """KL over the teacher's K tokens alone. Shape [T]. Zero, without gradient, at equality; blind to the tail."""
-    log_q_TK = (student_TV.float().gather(-1, teacher.ids_TK) / temperature).log_softmax(-1)
+    log_q_TK = _log_softmax(student_TV.gather(-1, teacher.ids_TK), temperature)
     return temperature**2 * _kl(teacher.log_p_TK.log_softmax(-1), log_q_TK)
 
 
 def cross_entropy(student_TV: Tensor, teacher: TopK, temperature: float = 1.0) -> Tensor:
     """The teacher's K tokens, renormalised, against the student's whole distribution. Shape [T]. Never zero."""
-    log_q_TK = (student_TV.float() / temperature).log_softmax(-1).gather(-1, teacher.ids_TK)
+    log_q_TK = _log_softmax(student_TV, temperature).gather(-1, teacher.ids_TK)
     return -(temperature**2) * (teacher.log_p_TK.softmax(-1) * log_q_TK).sum(-1)
 
 
@@ -130,6 +130,11 @@ def distillation_loss(
 def lm_losses(student_TV: Tensor, target_T: Tensor) -> Tensor:
     """-log q of the true next tokens at T = 1. Shape [T]."""
     return F.cross_entropy(student_TV.float(), target_T, reduction="none")
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """In float32; without a copy of the logits at temperature 1."""
+    return (logits if temperature == 1 else logits.float() / temperature).log_softmax(-1, dtype=torch.float32)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ class Distilled:
     """What a distillation did.
 
     before, after : means over the predicted tokens of the held-out text: `loss` and `kd` of the student, and the
-    `teacher`'s own loss; {} without such text. seconds, tokens : of training, in this run.
+    `teacher`'s own loss; {} without such text. seconds : of training, in this run.
     """
 
     before: dict[str, float] = field(default_factory=dict)
@@ -165,7 +165,9 @@ class _Student(PlainTrainer):
             told, own_T = TopK(ids_TK, log_p_TK, tail_T), -next_T
         o = self.options
         kd_T = token_losses(student_TV, told, o.loss, k=o.top, temperature=o.temperature)
-        return real_BL, lm_losses(student_TV, target_T), kd_T, own_T
+        with torch.set_grad_enabled(torch.is_grad_enabled() and o.lm_weight > 0):
+            lm_T = lm_losses(student_TV, target_T)
+        return real_BL, lm_T, kd_T, own_T
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -222,7 +224,7 @@ def distil(
         raise ModelError("no parameter of the student learns")
     cache = teacher if isinstance(teacher, TeacherCache) else None
     check_choices("all", "cached" if cache is not None else "online", options.loss)
-    k = min(options.top, cache.k) if cache is not None else 0
+    k = cache.enough(options.top, options.temperature) if cache is not None else 0
     arguments = training_arguments(
         folder,
         steps=options.steps,
@@ -328,10 +330,14 @@ def heal(
     with shared_workspace(out, job | {"compute": compute}, team=team, overwrite=overwrite) as (folder, work):
         told: nn.Module | TeacherCache
         if logits == "cached":
-            k, temperature = min(options.top, vocabulary(teacher)), options.temperature
+            k, temperature = options.top, options.temperature
             place = cache or folder / "cache"
-            if team.is_main_process and not (place / "cache.json").exists():
-                write_cache(teacher, text, place, k=k, temperature=temperature, memory=memory, progress=progress)
+            if work is not None and not (place / "cache.json").exists():
+                try:
+                    write_cache(teacher, text, place, k=k, temperature=temperature, memory=memory, progress=progress)
+                finally:
+                    if place.exists() or place.with_name(f"{place.name}.partial").exists():
+                        work.record({"teacher": "read, or partly"})  # an interrupted run keeps it
             team.wait_for_everyone()
             told = TeacherCache(place)
             told.check(

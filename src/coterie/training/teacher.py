@@ -88,10 +88,16 @@ class TeacherCache:
             raise UsageError(
                 f"the cache {self.folder} was made by another teacher ({self.header['teacher'][:12]})", hint
             )
+        self.enough(k, temperature)
+
+    def enough(self, k: int, temperature: float) -> int:
+        """How many tokens to take when `k` are wanted, or all there are. Raises UsageError if it holds too few."""
+        hint = "Name another folder with --cache, or delete this one."
         if self.temperature != temperature:
             raise UsageError(f"the cache {self.folder} has temperature {self.temperature:g}, not {temperature:g}", hint)
-        if self.k < k:
+        if self.k < min(k, self.header["vocabulary"]):
             raise UsageError(f"the cache {self.folder} holds the top {self.k} tokens, not {k}", hint)
+        return min(k, self.k)
 
     def take(self, key: str, k: int) -> dict[str, Tensor]:
         """The `k` most likely tokens of one sample: ids [T, k] int64, log_p [T, k], tail [T], next [T], float32.
