@@ -171,3 +171,57 @@ def test_a_single_stratum_is_an_interval():
 def test_a_method_with_parameters_is_read():
     assert Entry.parse("dern:alpha=0.3, selector=reap") == Entry("dern", {"alpha": 0.3, "selector": "reap"})
     assert Entry.parse("reap").label == "reap"
+
+
+# -- merged, factored and finished contenders --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("hc-smoe", {}),
+        ("hc-smoe", {"router": "reduced"}),
+        ("m-smoe", {}),
+        ("sub-moe", {"rank": 8, "window": 1}),
+        ("low-rank", {"rank": 8}),
+    ],
+)
+def test_a_merged_or_factored_contender_is_the_checkpoint_that_compress_writes(family, method, parameters, tmp_path):
+    ids, held = token_file(tmp_path / "ids.safetensors"), token_file(tmp_path / "held.safetensors", seed=1)
+    folder = saved(family, tmp_path, torch.float32)
+    budget = {} if method == "low-rank" else {"keep": 0.5}
+    coterie.compress(
+        str(folder), str(tmp_path / "out"), tokens=str(ids), method=method, parameters=parameters, **budget
+    )
+    told = ",".join(f"{k}={v}" for k, v in parameters.items())
+    found = coterie.compare(
+        str(folder),
+        methods=[f"{method}:{told}" if told else method],
+        checkpoints=[str(tmp_path / "out")],
+        keep=[0.5] if budget else [],
+        tokens=str(ids),
+        eval_tokens=str(held),
+    )
+    planned, finished = found.contenders
+    assert finished.method == "checkpoint"
+    assert planned.size.describe() == finished.size.describe()
+    assert planned.quality.mean_loss == pytest.approx(finished.quality.mean_loss, abs=2e-4)
+    assert found.sweeps == 3
+
+
+def test_a_checkpoint_with_another_vocabulary_cannot_stand_beside(tmp_path):
+    folder = saved("mixtral", tmp_path)
+    other = saved("qwen3-moe", tmp_path, vocab_size=500)
+    ids = token_file(tmp_path / "ids.safetensors")
+    done = cli("compare", folder, "--checkpoint", other, "--tokens", ids, "--methods", "reap", "--keep", 0.5)
+    assert done.code == 2
+    assert "500 tokens" in done.err
+
+
+def test_methods_that_train_say_how_to_be_compared(tmp_path):
+    folder, ids = saved("mixtral", tmp_path), token_file(tmp_path / "ids.safetensors")
+    for method in ("mc-smoe", "slimmoe:width=0.5", "wanda:sparsity=0.5"):
+        done = cli("compare", folder, "--methods", method, "--tokens", ids)
+        assert done.code == 2
+        assert "--checkpoint" in done.err

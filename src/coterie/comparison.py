@@ -7,6 +7,8 @@ Two passes over the weights, whatever the number of contenders:
    to what a plan keeps, its contender's batches pass, and it is put back; a method that recombines weights works on a
    copy of the layer's experts.
 
+Checkpoints that are there already (healed, trained, quantized elsewhere) stand beside them, each read once more.
+
 What a contender would weigh follows from its plan. Quality is loss on held-out text, with paired bootstrap intervals
 over sequences: against the original, and against the best contender of the same budget.
 """
@@ -50,7 +52,7 @@ from coterie.streaming.model import StreamedModel
 from coterie.streaming.writer import Workspace, write_json
 from coterie.text import TokenData
 
-ORIGINAL = "original"
+ORIGINAL, CHECKPOINT = "original", "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Difference:
 class Contender:
     """One method under one budget.
 
-    label : method, its parameters and what it keeps. plan : what it decided. refused : why it cannot be had, or "".
+    label : method, its parameters and what it keeps; or a checkpoint. plan : what it decided; None for a checkpoint.
+    refused : why it cannot be had, or "".
     size : of the checkpoint its plan would make. quality : loss, KL and agreement by domain.
     delta : rise of the loss against the original. behind : against the best contender of its budget; 0 for that one.
     pareto : nothing here is smaller (in bytes) and better.
@@ -152,6 +155,7 @@ def compare(
     calibration: TokenData,
     evaluation: TokenData,
     *,
+    checkpoints: Sequence[tuple[str, StreamedModel]] = (),
     memory: int = 2 * 2**30,
     seed: int = 0,
     progress: Progress | None = None,
@@ -164,6 +168,7 @@ def compare(
     entries, budgets : what to compare. A pair that cannot be (a budget below top-k) is reported, not raised, unless
         no pair can be.
     calibration, evaluation : what experts are judged by, and text that no method has seen.
+    checkpoints : names and finished checkpoints with the same vocabulary, to stand beside the methods.
     memory : bytes of hidden states kept in memory; the rest is spilled.
 
     Raises UsageError for an unknown method or parameter, or if nothing can be compared. Peak memory: one layer (with
@@ -182,17 +187,21 @@ def compare(
     profile = profile_model(
         streamed, calibration, observers, model=model, states=States(limit=memory), progress=progress
     )
-    contenders = [
-        _planned(streamed, model, entry, chosen, budget, profile, size)
-        for budget in budgets
-        for entry, chosen in zip(entries, methods, strict=True)
-    ]
+    pairs = [(e, m, b) for b in budgets for e, m in zip(entries, methods, strict=True) if not m.keeps_all]
+    pairs += [(e, m, Budget(keep=1.0)) for e, m in zip(entries, methods, strict=True) if m.keeps_all]
+    contenders = [_planned(streamed, model, entry, chosen, budget, profile, size) for entry, chosen, budget in pairs]
     running = [c for c in contenders if not c.refused]
-    if not running:
+    if not running and not checkpoints:
         raise UsageError(f"nothing to compare: {contenders[0].label}: {contenders[0].refused}")
     plans = [c.plan for c in running if c.plan is not None]
     losses = _run(streamed, plans, [plan_method(plan) for plan in plans], evaluation, memory, progress)
     results = losses.results(streamed, [ORIGINAL, *(c.label for c in running)], seed)
+    read_here = streamed.checkpoint.bytes_read - read
+    for name, other in checkpoints:
+        contenders.append(Contender(name, "checkpoint", {}, CHECKPOINT, size=measure(other)))
+        running.append(contenders[-1])
+        results.append(losses.other(streamed, other, name, memory=memory, progress=progress, seed=seed))
+        read_here += other.checkpoint.bytes_read
     streamed.free_outer()
     judged = _judged(running, results, losses, seed)
     by_label = {c.label: c for c in judged}
@@ -202,8 +211,8 @@ def compare(
         results[0],
         size,
         [by_label.get(c.label, c) for c in contenders],
-        sweeps=2,
-        bytes_read=streamed.checkpoint.bytes_read - read,
+        sweeps=2 + len(checkpoints),
+        bytes_read=read_here,
         domains=evaluation.domains,
         calibration={**{k: v for k, v in profile.settings.items() if k in settings}, "digest": calibration.digest},
         evaluation={"samples": evaluation.samples, "tokens": evaluation.tokens, "digest": evaluation.digest},
@@ -216,8 +225,10 @@ def _observers(
 ) -> list[type[Observer]]:
     """The statistics of all methods under all budgets, each once."""
     wanted: list[type[Observer]] = []
-    for budget in budgets:
+    for budget in [*budgets, Budget(keep=1.0)]:
         for chosen in methods:
+            if chosen.keeps_all != (budget.keep == 1.0 and budget not in budgets):
+                continue
             try:
                 wanted += chosen.observes_for(known_counts(streamed, chosen, budget, size))
             except UsageError:
@@ -234,7 +245,7 @@ def _planned(
     profile: Profile,
     size: Size,
 ) -> Contender:
-    told = _told(budget)
+    told = "all kept" if chosen.keeps_all else _told(budget)
     base = Contender(f"{entry.label} {told}", entry.name, entry.parameters, told)
     try:
         if chosen.sees_twice:
@@ -371,7 +382,8 @@ def save(comparison: Comparison, folder: Path, *, overwrite: bool = False) -> No
         write_json(work.folder / names[0], comparison.describe())
         write_page(render_comparison(comparison.describe()), work.folder / names[1])
         for contender in comparison.ran:
-            assert contender.plan is not None
+            if contender.plan is None:
+                continue
             name = f"plan-{re.sub(r'[^a-zA-Z0-9.]+', '-', contender.label)}.json"
             contender.plan.save(work.folder / name)
             names.append(name)

@@ -267,13 +267,20 @@ def compress(
 def recipe_requests(recipe: str, extra: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """A recipe file as keywords of `compress`, one set for each step; those of `heal` stand under "heal" instead.
 
-    Methods, parameters and options are checked. extra : how text is read, in every step.
+    Methods, parameters and options are checked. recipe : a file, or the name of one that ships with Coterie.
+    extra : how text is read, in every step; with `data`, the text of a recipe that names none.
     """
-    loaded = Recipe.load(Path(recipe))
+    loaded, extra = Recipe.load(Path(recipe)), dict(extra or {})
+    if text := extra.pop("data", None):
+        if loaded.data:
+            raise UsageError(
+                f"the recipe {recipe} names its text already: --data would be ignored", "Leave one of them out."
+            )
+        loaded = loaded.model_copy(update={"data": list(text)})
     requests: list[dict[str, Any]] = []
     for step in loaded.steps:
         if step.heal is not None:
-            requests.append({"heal": _heal_request(step.heal, loaded, extra or {})})
+            requests.append({"heal": _heal_request(step.heal, loaded, extra)})
             continue
         assert step.method is not None
         get_method(step.method, step.parameters)
@@ -286,7 +293,7 @@ def recipe_requests(recipe: str, extra: dict[str, Any] | None = None) -> list[di
             "length": loaded.length,
             "seed": loaded.seed,
         }
-        requests.append({**request, **step.budget.model_dump(exclude_unset=True), **(extra or {})})
+        requests.append({**request, **step.budget.model_dump(exclude_unset=True), **extra})
     return requests
 
 
@@ -383,7 +390,7 @@ def _check_heal(model: str, request: dict[str, Any], runtime: Runtime) -> None:
         calibration(model, request["data"], samples=2, length=request.get("length", 256), runtime=runtime, **text)
         is None
     ):
-        raise UsageError("healing needs text", "Name some under `data` in the recipe.")
+        raise UsageError("healing needs text", "Name some with --data, or under `data` in the recipe.")
 
 
 def compare(
@@ -391,6 +398,7 @@ def compare(
     data: Sequence[str] = (),
     *,
     methods: Sequence[str] = ("reap",),
+    checkpoints: Sequence[str] = (),
     keep: Sequence[float] = (),
     keep_experts: Sequence[int] = (),
     eval_data: Sequence[str] = (),
@@ -415,6 +423,7 @@ def compare(
     ----------
     data : calibration text. eval_data : text to evaluate on; by default held-out samples of `data`.
     methods : names, with parameters as in "dern:alpha=0.3,selector=reap".
+    checkpoints : finished checkpoints with the same vocabulary, to stand beside the methods; each is read once more.
     keep, keep_experts : budgets: shares of the experts, or numbers per layer.
     samples, eval_samples : sequences per domain to calibrate and to evaluate on.
     out : folder for comparison.json, comparison.html and a plan of every contender, ready for `compress(plan=...)`.
@@ -423,13 +432,13 @@ def compare(
     """
     runtime = runtime or Runtime()
     wanted: list[dict[str, Any]] = [{"keep": share} for share in keep] + [{"keep_experts": n} for n in keep_experts]
-    if not wanted:
-        raise UsageError("say how much may stay", "For example --keep 0.75,0.5,0.25.")
     names = [methods] if isinstance(methods, str) else list(methods)
     entries = list(dict.fromkeys(name.strip() for name in names if name.strip()))
-    if not entries:
+    if not entries and not checkpoints:
         raise UsageError("no method is named", "Name some with --methods, e.g. reap,dern; see `coterie methods`.")
     parsed = [comparison.Entry.parse(name) for name in entries]
+    if not wanted and not all(get_method(e.name, e.parameters).keeps_all for e in parsed):
+        raise UsageError("say how much may stay", "For example --keep 0.75,0.5,0.25.")
     if out is not None:
         check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
     separate = bool(eval_data) or eval_tokens is not None
@@ -452,8 +461,24 @@ def compare(
     options: dict[str, Any] = {"scope": scope, "minimum": minimum, "layers": layers, "exclude_layers": exclude_layers}
     budgets = [budget_of(streamed, protect=protect, **options, **budget) for budget in wanted]
     memory = parse_size(runtime.memory, least=0)
+    ready = [(name, runtime.open(name)) for name in checkpoints]
+    for name, found_model in ready:
+        if vocabulary_of(found_model) != vocabulary_of(streamed):
+            raise UsageError(
+                f"{name} knows {vocabulary_of(found_model)} tokens, {model} knows {vocabulary_of(streamed)}: they cannot"
+                " be compared"
+            )
     result = comparison.compare(
-        streamed, model, parsed, budgets, first, second, memory=memory, seed=seed, progress=progress
+        streamed,
+        model,
+        parsed,
+        budgets,
+        first,
+        second,
+        checkpoints=ready,
+        memory=memory,
+        seed=seed,
+        progress=progress,
     )
     if out is not None:
         comparison.save(result, Path(out), overwrite=overwrite)

@@ -45,6 +45,12 @@ _MODULES = {
 # fmt: on
 
 
+def recipes() -> dict[str, Path]:
+    """Recipes that ship with the package, by name."""
+    folder = Path(__file__).parent / "recipes"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
 def pocket() -> Path:
     """Folder of the pocket model: a Qwen3-MoE checkpoint of 11 M parameters with its tokenizer, 4 layers of 16 experts.
 

@@ -14,13 +14,20 @@ def compare(
     common: Common,
     model: o.Model,
     methods: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="Methods to compare, separated by commas or repeated. One with parameters stands alone:"
             " --methods dern:alpha=0.3,selector=reap.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A finished checkpoint to stand beside the methods (healed, slimmed, ...); repeat for more.",
+            show_default=False,
+        ),
+    ] = None,
     keep: Annotated[
         str | None, typer.Option(help="Shares of the experts, e.g. 0.75,0.5,0.25.", show_default=False)
     ] = None,
@@ -58,6 +65,8 @@ def compare(
     Every plan is applied on the fly while the model is evaluated layer by layer.
 
       coterie compare MODEL --methods frequency,reap,dern --keep 0.75,0.5 --data text/
+
+      coterie compare MODEL --methods reap,hc-smoe --keep 0.5 --checkpoint MODEL-healed --data text/
     """
     runtime = common.runtime()
     from coterie import api
@@ -66,7 +75,8 @@ def compare(
         result = api.compare(
             model,
             data or (),
-            methods=_names(methods),
+            methods=_names(methods or []),
+            checkpoints=checkpoint or (),
             keep=_numbers(keep, "--keep", float),
             keep_experts=_numbers(keep_experts, "--keep-experts", int),
             eval_data=eval_data or (),

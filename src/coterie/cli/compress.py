@@ -30,7 +30,13 @@ def compress(
     data: o.Data = None,
     profile: Annotated[str | None, typer.Option(help="Use a finished profile instead of text.")] = None,
     plan: Annotated[str | None, typer.Option(help="Carry out this plan file; it holds method and budget.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Carry out this recipe (YAML): method, budget, data.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Carry out this recipe: a YAML file with methods, budgets and healing, or one that ships with Coterie"
+            " (prune-heal, merge-heal, merge-factorize, slim-heal-slim-heal)."
+        ),
+    ] = None,
     parameters: o.Set = None,
     propagate: Annotated[
         bool, typer.Option("--propagate", help="Let later layers see what the changed earlier ones put out.")
@@ -116,13 +122,8 @@ def compress(
     if plan is not None:
         request = {"plan": plan}
     if recipe is not None:
-        also = (
-            "tokens",
-            "tokenizer",
-            "batch_size",
-            "pack",
-            "demonstrations",
-        )  # how the recipe's text is read, not what is done
+        # how the recipe's text is read, not what is done; and the text, if it names none
+        also = ("data", "tokens", "tokenizer", "batch_size", "pack", "demonstrations")
         requests = api.recipe_requests(recipe, {k: request[k] for k in also if _was_given(context, k)})
         if len(requests) > 1 or "heal" in requests[0]:
             if dry_run:
@@ -208,7 +209,7 @@ def _carry_out(
 
 # what a finished plan, or a recipe, already says: command line names of parameters
 _BUDGET = ("keep", "keep_experts", "target_size", "scope", "minimum", "layers", "exclude_layers", "protect")
-_DECIDED = ("method", "parameters", "propagate", "profile", "data", "samples", *_BUDGET)
+_DECIDED = ("method", "parameters", "propagate", "profile", "samples", *_BUDGET)
 
 
 def _was_given(context: typer.Context, name: str) -> bool:
@@ -221,7 +222,8 @@ def _refuse_contradictions(context: typer.Context, *, plan: str | None, recipe: 
     chosen = "--plan" if plan is not None else "--recipe"
     if plan is None and recipe is None:
         return
-    decided = (*_DECIDED, "recipe", "tokens", "batch_size", "pack", "demonstrations") if plan is not None else _DECIDED
+    text = ("data", "tokens", "batch_size", "pack", "demonstrations")
+    decided = (*_DECIDED, "recipe", *text) if plan is not None else _DECIDED
     if names := [name for name in decided if _was_given(context, name)]:
         options = ", ".join("--set" if name == "parameters" else "--" + name.replace("_", "-") for name in names)
         raise UsageError(

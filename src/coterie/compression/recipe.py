@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from coterie.assets import recipes
 from coterie.errors import UsageError
 
 
@@ -113,11 +114,17 @@ class Recipe(BaseModel):
 
     @classmethod
     def load(cls, file: Path) -> Recipe:
-        """Read a recipe. Raises UsageError saying which entry is wrong."""
+        """Read a recipe: a file, or one that ships with the package by its name. Raises UsageError saying which entry
+        is wrong."""
+        shipped = recipes()
+        if not file.exists() and str(file) in shipped:
+            file = shipped[str(file)]
         try:
             return cls.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
         except OSError as error:
-            raise UsageError(f"cannot read the recipe {file}: {error.strerror}") from error
+            raise UsageError(
+                f"cannot read the recipe {file}: {error.strerror}", f"These ship with Coterie: {', '.join(shipped)}."
+            ) from error
         except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise UsageError(f"{file} is not YAML: {error}") from error
         except ValidationError as error:

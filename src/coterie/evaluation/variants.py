@@ -13,8 +13,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from coterie.evaluation.compare import HiddenStates, ModelResult, _check_predictable, _result, _score
-from coterie.streaming.lockstep import Batch
+from coterie.evaluation.compare import (
+    HiddenStates,
+    ModelResult,
+    _check_predictable,
+    _result,
+    _score,
+    hidden_states,
+)
+from coterie.streaming.lockstep import Batch, Progress
 from coterie.streaming.model import StreamedModel
 from coterie.text import TokenData
 
@@ -51,6 +58,27 @@ class RunLosses:
 
     def finish(self, run: int, number: int, batch: Batch, hidden_BLH: Tensor) -> None:
         self._held.put(run * len(self.data.batches) + number, batch, hidden_BLH)
+
+    def other(
+        self,
+        streamed: StreamedModel,
+        other: StreamedModel,
+        name: str,
+        *,
+        memory: int,
+        progress: Progress | None = None,
+        seed: int = 0,
+    ) -> ModelResult:
+        """One more run, of another checkpoint with a head of its own, in a sweep of its own; after `results`.
+
+        streamed : the model of the other runs, its head still loaded. `other` is used up.
+        """
+        theirs = hidden_states(other, self.data, memory=memory, progress=progress)
+        first = _Of(self._held, 0, len(self.data.batches))
+        loss_S, kl_S, same_S, tokens_S = _score(other, theirs, streamed, first, self.data)
+        other.free_outer()
+        self.loss_S.append(loss_S)
+        return _result(name, self.data, tokens_S, loss_S, self.loss_S[0], kl_S, same_S, seed)
 
     def results(self, streamed: StreamedModel, names: Sequence[str], seed: int = 0) -> list[ModelResult]:
         """One result per run; for all but the first also KL, agreement and the change of loss, paired with the first.
