@@ -465,7 +465,7 @@ def compare(
     for name, found_model in ready:
         if vocabulary_of(found_model) != vocabulary_of(streamed):
             raise UsageError(
-                f"{name} knows {vocabulary_of(found_model)} tokens, {model} knows {vocabulary_of(streamed)}: they cannot"
+                f"{name} knows {vocabulary_of(found_model)} tokens and {model} {vocabulary_of(streamed)}: they cannot"
                 " be compared"
             )
     result = comparison.compare(
