@@ -17,12 +17,13 @@ import coterie
 from coterie.anatomy import moe_layers
 from coterie.api.runtime import Runtime
 from coterie.errors import DataError, ModelError, UsageError
-from coterie.text import held_out, load_tokens, sample_key
+from coterie.streaming.lockstep import Batch
+from coterie.text import TokenData, held_out, load_tokens, sample_key
 from coterie.training import heal as heal_module
 from coterie.training.distillation import top_k
 from coterie.training.heal import Distillation, choose, distil
 from coterie.training.teacher import TeacherCache, write_cache
-from coterie.training.trainer import Rule, expert_parameters, processes, router_parameters, write_trained
+from coterie.training.trainer import Rows, Rule, expert_parameters, processes, router_parameters, write_trained
 from families import FAMILIES, FEW, each_tensor, edit_json, resident, saved, tiny, token_file, tokens
 from inprocess import cli, copy_of, fingerprint, start, until
 
@@ -167,6 +168,7 @@ def test_what_is_saved_is_what_was_trained(teacher, student, ids, tmp_path):
 def test_a_checkpoint_with_layers_of_different_sizes_is_healed_and_stays_so(teacher, ids, tmp_path):
     small = tmp_path / "small"
     coterie.compress(teacher, str(small), method="frequency", keep=0.5, exclude_layers="2", tokens=ids)
+    edit_json(small / "config.json", lambda c: c.update(output_router_logits=True))  # its loss cannot join such layers
     for train in ("all", "lora"):
         out = tmp_path / train
         done = coterie.heal(str(small), str(out), teacher=teacher, train=train, tokens=ids, **SHORT)
@@ -174,13 +176,22 @@ def test_a_checkpoint_with_layers_of_different_sizes_is_healed_and_stays_so(teac
         assert [layer.num_experts for layer in moe_layers(resident(out))] == [4, 8]
 
 
-def test_a_balancing_loss_that_the_config_asks_for_plays_no_part(teacher, student, ids, tmp_path):
-    other = copy_of(Path(student), tmp_path / "balanced")
-    edit_json(other / "config.json", lambda c: c.update(output_router_logits=True, router_aux_loss_coef=100.0))
-    one = coterie.heal(student, str(tmp_path / "a"), teacher=teacher, tokens=ids, **SHORT)
-    two = coterie.heal(str(other), str(tmp_path / "b"), teacher=teacher, tokens=ids, **SHORT)
-    assert one.losses == two.losses
-    assert json.loads((tmp_path / "b/config.json").read_text())["output_router_logits"] is True
+@pytest.mark.parametrize(
+    "asked", [{"output_router_logits": True, "router_aux_loss_coef": 100.0}, {"attention_dropout": 0.9}]
+)
+def test_balancing_and_dropout_that_the_config_asks_for_play_no_part(asked, kept, teacher, student, ids, tmp_path):
+    other = copy_of(Path(student), tmp_path / "other")
+    edit_json(other / "config.json", lambda c: c.update(asked))
+    coterie.heal(str(other), str(tmp_path / "out"), teacher=teacher, tokens=ids, cache=str(kept), **SHORT)
+    assert changed(kept.parent / "out", tmp_path / "out") == set()
+    assert json.loads((tmp_path / "out/config.json").read_text()).items() >= asked.items()
+
+
+def test_nothing_predicts_padding_nor_from_padding():
+    mask_BL = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]]).bool()
+    data = TokenData([Batch(torch.arange(10).view(2, 5), mask_BL)], ["text"], "", {"text": 6})
+    labels = [row["labels"].tolist() for row in Rows(data).rows]
+    assert labels == [[-100, 1, 2, -100, -100], [-100, -100, -100, 8, 9]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -241,7 +252,7 @@ def test_samples_are_found_however_they_are_batched_and_padded(tmp_path):
     file = token_file(tmp_path / "ids.safetensors", padded=True)
     write_cache(Runtime().open(str(source)), load_tokens(file, 2), tmp_path / "cache", k=4)
     cache = TeacherCache(tmp_path / "cache")
-    rows = heal_module.Rows(load_tokens(file, 3), cache, 4)
+    rows = Rows(load_tokens(file, 3), cache, 4)
     assert len(rows) == 4
     wider = torch.nn.functional.pad(rows.rows[1]["input_ids"], (0, 5))
     real = torch.nn.functional.pad(rows.rows[1]["attention_mask"], (0, 5)).bool()
@@ -632,6 +643,10 @@ def test_the_command_line(teacher, student, ids, tmp_path):
 def test_a_request_that_makes_no_sense_is_refused_before_anything_is_read(options, says, tmp_path):
     with pytest.raises(UsageError, match=says):
         coterie.heal("nowhere", str(tmp_path / "out"), teacher="nowhere", tokens="none", **options)
+
+
+def test_float16_on_a_cpu_is_refused_before_the_teacher_is_read(teacher, student, ids, tmp_path):
+    refused(UsageError, "float16 needs an accelerator", tmp_path, student, teacher, tokens=ids, precision="float16")
 
 
 def test_without_text_nothing_starts(teacher, student, tmp_path):

@@ -86,8 +86,10 @@ class Distillation:
     lm_weight: float = 0.0
     precision: str = "float32"
 
-    def check(self) -> None:
-        """Raise UsageError for values that make no sense."""
+    def check(self, device: str = "") -> None:
+        """Raise UsageError for values that make no sense, or not on this device."""
+        if self.precision == "float16" and device == "cpu":
+            raise UsageError("float16 needs an accelerator", "On a CPU, compute in float32 or bfloat16.")
         positive = ("steps", "rate", "batch_size", "accumulate", "temperature", "top")
         for name in (*positive, "kd_weight", "lm_weight", "weight_decay"):
             value = getattr(self, name)
@@ -219,7 +221,7 @@ def distil(
     learns or the loss is no number. Peak memory: weights, gradients and two moments of what learns, and a batch's
     logits about three times in float32.
     """
-    options.check()
+    options.check(device)
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError("no parameter of the student learns")
     cache = teacher if isinstance(teacher, TeacherCache) else None
@@ -315,7 +317,7 @@ def heal(
     alone writes. A killed run, started again, goes on where it was. Raises what `distil` and `write_cache` raise.
     """
     began = time.monotonic()
-    options.check()
+    options.check(student.device)
     check_choices(train, logits, options.loss, lora_rank)
     team = processes(student.device)
     versions = {n: importlib.metadata.version(n) for n in ("coterie", "torch", "transformers", "accelerate")}

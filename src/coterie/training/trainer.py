@@ -255,8 +255,6 @@ def training_arguments(
     precision: str = "float32",
 ) -> TrainingArguments:
     """What the Trainer is to do: logs 50 times a run, a checkpoint five times, both at the same steps."""
-    if precision == "float16" and device == "cpu":
-        raise UsageError("float16 needs an accelerator", "On a CPU, compute in float32 or bfloat16.")
     often = max(1, steps // 50)
     arguments = TrainingArguments(
         output_dir=str(folder),
