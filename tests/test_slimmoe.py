@@ -25,7 +25,7 @@ from coterie.anatomy.resizing import resized, shapes_of
 from coterie.anatomy.widths import Axis, neurons
 from coterie.api import Runtime
 from coterie.compression.methods import get_method, methods
-from coterie.compression.slim import choose, packed, unpacked
+from coterie.compression.slim import HeadOutputs, choose, packed, unpacked
 from coterie.compression.slimming.slimmoe import stage_widths
 from coterie.errors import ModelError, UsageError
 from coterie.experts.forward import inner_activation
@@ -114,7 +114,8 @@ def mask_heads(model, kept):
 @pytest.mark.parametrize("family", FEW)
 def test_keeping_everything_reproduces_every_tensor_byte_for_byte(family, criterion, models, ids, tmp_path):
     source = models(family)
-    result = slimmed(source, tmp_path / "out", ids, width=1.0, criterion=criterion)
+    heads = {"kv_heads": 2} if family in GQA else {}
+    result = slimmed(source, tmp_path / "out", ids, width=1.0, criterion=criterion, **heads)
     before, after = each_tensor(source), each_tensor(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k].view(torch.uint8), after[k].view(torch.uint8)) for k in before)
@@ -563,6 +564,26 @@ def test_streamed_activations_are_those_of_plain_loops(models, ids, tmp_path):
             best = sorted(mean_I.topk(len(kept[layer.index][expert])).indices.tolist())
             differ += best != kept[layer.index][expert]
     assert differ == 0
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "lfm2-moe"])
+def test_what_heads_pass_on_is_counted_without_padding(family, models, ids):
+    model, (batch,) = resident(models(family)), load_tokens(ids, None).batches
+    index, unit = next(iter(head_groups(model).items()))
+    attention = model.model.layers[index].self_attn
+    out, seen = getattr(attention, "o_proj", None) or attention.out_proj, []
+    hook = out.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    watch = HeadOutputs(model, unit)
+    watch.batch(batch)
+    with watch, torch.no_grad():
+        model(batch.ids_BL, attention_mask=batch.mask_BL.long(), use_cache=False)
+    hook.remove()
+    expected = [0.0] * unit.count
+    for x_LD, mask_L in zip(seen[0], batch.mask_BL, strict=True):
+        for x_D, real in zip(x_LD, mask_L, strict=True):
+            for group, part in enumerate(x_D.chunk(unit.count)):
+                expected[group] += float(part.abs().sum()) if real else 0.0
+    assert watch.sum_U.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen3-moe", "granite-moe"])

@@ -345,7 +345,7 @@ class _Run:
                 if moe is not None:
                     experts = stack.enter_context(LayerObservation(moe, [NeuronActivation], len(self.data.domains)))
                 if step.index in self.heads:
-                    heads = stack.enter_context(_HeadOutputs(streamed, self.heads[step.index]))
+                    heads = stack.enter_context(HeadOutputs(streamed.model, self.heads[step.index]))
 
                 def before(number: int, batch: Batch, watched: tuple[Any, ...] = (experts, heads)) -> None:
                     for one in watched:
@@ -502,19 +502,19 @@ class _Run:
         return names + copy_small_files(source, folder)
 
 
-class _HeadOutputs:
+class HeadOutputs:
     """Size of what each group of heads hands to the output projection, summed over real tokens."""
 
-    def __init__(self, streamed: StreamedModel, unit: Units) -> None:
+    def __init__(self, model: torch.nn.Module, unit: Units) -> None:
         self.unit, self.sum_U = unit, torch.zeros(unit.count, dtype=torch.float64)
         name = next(axis.name for axis in unit.axes if axis.dim == 1)
-        self._module = streamed.model.get_submodule(name.rpartition(".")[0])
+        self._module = model.get_submodule(name.rpartition(".")[0])
         self._batch: Batch | None = None
 
     def batch(self, batch: Batch) -> None:
         self._batch = batch
 
-    def __enter__(self) -> _HeadOutputs:
+    def __enter__(self) -> HeadOutputs:
         self._hook = self._module.register_forward_pre_hook(self._see)
         return self
 
