@@ -124,6 +124,9 @@ def prepare(
         return _prepare_sparsifier(
             model, chosen, method, runtime, data, seed, text, budget, profile=profile, plan=plan, propagate=propagate
         )
+    if ready_plan is None and not chosen.removes:
+        _refuse_budget(budget, data=data, profile=profile, propagate=propagate)
+        budget = {"keep": 1.0}
     streamed = runtime.open(model)
     how_much = None if ready_plan else budget_of(streamed, **budget)
     found = None
@@ -158,14 +161,7 @@ def _prepare_sparsifier(
     **other: Any,
 ) -> dict[str, Any]:
     """The checked request of a method that zeroes weights: it has no budget of experts, no profile and no plan."""
-    said = [key for key, value in budget.items() if value not in (_NO_BUDGET.get(key), [])]
-    said += [key for key, value in other.items() if value]
-    if said:
-        options = ", ".join("--" + key.replace("_", "-") for key in said)
-        raise UsageError(
-            f"this method removes no expert: {options} would be ignored",
-            f"Leave out {options}; how much to zero is a parameter, e.g. --set sparsity=0.5.",
-        )
+    _refuse_budget(budget, "how much to zero is a parameter, e.g. --set sparsity=0.5", **other)
     method.check()
     streamed = runtime.open(model)
     found = calibration(model, data, seed=seed, runtime=runtime, **text) if method.needs_text else None
@@ -174,6 +170,16 @@ def _prepare_sparsifier(
     memory = parse_size(runtime.memory, least=0)
     request = {"streamed": streamed, "model": model, "method": method, "name": name, "data": found}
     return {**request, "seed": seed, "memory": memory}
+
+
+def _refuse_budget(budget: dict[str, Any], instead: str = "", **other: Any) -> None:
+    """Raise UsageError for options that say which experts stay, where all do."""
+    said = [key for key, value in budget.items() if value not in (_NO_BUDGET.get(key), [])]
+    said += [key for key, value in other.items() if value]
+    if said:
+        options = ", ".join("--" + key.replace("_", "-") for key in said)
+        hint = f"Leave out {options}" + (f"; {instead}." if instead else ".")
+        raise UsageError(f"this method removes no expert: {options} would be ignored", hint)
 
 
 def forecast(

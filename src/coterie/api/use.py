@@ -236,6 +236,7 @@ def finetune(
     rate: float = 5e-5,
     batch_size: int = 8,
     balance: float = 0.01,
+    stand_in: float = 50.0,
     samples: int = 1024,
     held_out_samples: int = 16,
     length: int = 256,
@@ -271,7 +272,7 @@ def finetune(
             bar.start("steps", total)
         bar.layer(step - 1)
 
-    schedule = Schedule(router_steps, router_rate, steps, rate, batch_size, balance)
+    schedule = Schedule(router_steps, router_rate, steps, rate, batch_size, balance, stand_in=stand_in)
     try:
         return run_finetune(
             resolve(model, offline=runtime.offline),

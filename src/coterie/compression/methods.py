@@ -26,6 +26,7 @@ from coterie.anatomy import ExpertBank, MoELayer
 from coterie.compression.plan import LayerPlan
 from coterie.compression.selector import Budget, select_global, select_layer
 from coterie.errors import UsageError
+from coterie.experts.forward import Slot
 from coterie.profiling.observers import Observer
 from coterie.profiling.profile import LayerProfile
 
@@ -110,6 +111,25 @@ class Method(BaseModel):
         """Factors of the kept experts after `rebuild`, as `factor_p_a` [K, O, r] and `factor_p_b` [K, r, I]."""
         return None
 
+    def check_model(self, moe: Mapping[int, MoELayer]) -> None:
+        """Raise UsageError or ModelError for a model this method cannot work on, before any weight is read."""
+
+    def reform(self, moe: MoELayer) -> dict[str, Any]:
+        """Entries of the form (`anatomy.forms`) its layers get, beside map and ranks."""
+        return {}
+
+    def added(self, moe: MoELayer) -> dict[str, Tensor]:
+        """Tensors the experts module of a layer gets beside those it has, by name; their values are known at once."""
+        return {}
+
+    def slot(self, moe: MoELayer) -> Slot | None:
+        """What a layer as it comes out of this method does to a token's ids and weights, where `reform` says so."""
+        return None
+
+    def active(self, moe: MoELayer) -> int:
+        """Experts that run per token afterwards."""
+        return moe.active_experts
+
     def router_rows(self, rows: dict[str, Tensor], plan: LayerPlan) -> dict[str, Tensor]:
         """New router tensors instead of the kept experts' old ones.
 
@@ -141,6 +161,11 @@ class Method(BaseModel):
     def stored(self, count: int, moe: MoELayer) -> int:
         """Experts a layer of the output holds when `count` distinct ones are wanted."""
         return count
+
+    @property
+    def removes(self) -> bool:
+        """Does it leave experts out or together? Without, a budget of experts has no meaning."""
+        return True
 
     @property
     def reroutes(self) -> bool:
@@ -189,7 +214,7 @@ def method(name: str, *, kind: str, paper: str) -> Callable[[M], M]:
 
 def methods() -> dict[str, Registered]:
     """All methods by name; importing a file in a method folder is enough to be listed."""
-    for family in ("pruning", "merging", "factorizing", "sparsifying"):
+    for family in ("pruning", "merging", "factorizing", "editing", "sparsifying"):
         package = importlib.import_module(f"coterie.compression.{family}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from coterie.anatomy import moe_layers, slice_names
 from coterie.errors import ModelError, UsageError
+from coterie.experts.compressed import Compressed
 from coterie.streaming.writer import Workspace, copy_small_files, write_json
 from coterie.text import TokenData
 
@@ -34,6 +35,8 @@ class Schedule:
     steps, rate : steps in which everything learns.
     batch_size : sequences per step. balance : weight of the model's own load-balancing loss, where it has one.
     warmup : share of each phase's steps in which the rate rises; it then falls linearly to 0.
+    stand_in : the vectors of compressed experts learn with this multiple of the rate. They start at 1 and have to get
+        some tenths away from it: at the rate of weights that takes thousands of steps.
     """
 
     router_steps: int = 100
@@ -44,6 +47,7 @@ class Schedule:
     balance: float = 0.01
     weight_decay: float = 0.001
     warmup: float = 0.05
+    stand_in: float = 50.0
 
 
 @dataclass
@@ -182,6 +186,18 @@ def finetune(
     return result
 
 
+def stand_in_group(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float) -> None:
+    """Give the vectors of compressed experts (arXiv:2503.00634) a group of their own in a fresh optimizer: learning
+    rate `rate`, and no weight decay, which would pull them to 0 instead of to 1."""
+    modules = [m for m in model.modules() if isinstance(m, Compressed)]
+    vectors = {id(m.theta): m.theta for m in modules if m.theta.requires_grad}
+    if not vectors:
+        return
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in vectors]
+    optimizer.add_param_group({"params": list(vectors.values()), "lr": rate, "weight_decay": 0.0})
+
+
 def _trainer(
     model: Any,
     folder: Path,
@@ -226,7 +242,14 @@ def _trainer(
         remove_unused_columns=False,
         prediction_loss_only=True,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=_Rows(data), eval_dataset=test, callbacks=[Told()])
+
+    class Grouped(Trainer):  # type: ignore[misc]
+        def create_optimizer(self, *given: Any) -> Any:
+            optimizer = super().create_optimizer(*given)
+            stand_in_group(optimizer, self.model, rate * schedule.stand_in)
+            return optimizer
+
+    trainer = Grouped(model=model, args=arguments, train_dataset=_Rows(data), eval_dataset=test, callbacks=[Told()])
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)  # progress is the caller's business
