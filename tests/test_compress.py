@@ -8,12 +8,12 @@ from transformers import AutoModelForCausalLM
 
 import coterie
 from coterie.anatomy import moe_layers, select
-from coterie.compression.methods import methods
+from coterie.compression.methods import get_method, methods
 from coterie.compression.plan import Plan
 from coterie.profiling.profile import Profile
 from families import FAMILIES, FEW, each_tensor, edit_json, resident, saved, tiny, token_file, tokens
 
-METHODS = tuple(n for n, e in methods().items() if e.kind not in ("sparsifying", "slimming"))
+METHODS = tuple(name for name in methods() if not get_method(name).keeps_all)
 
 
 def compress(folder, out, ids, **options):

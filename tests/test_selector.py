@@ -505,7 +505,14 @@ def test_the_register_lists_every_method_with_what_a_machine_needs():
     assert {"dern", "ean", "frequency", "random", "reap", "soft-frequency"} <= set(known)
     for name, entry in known.items():
         assert entry.name == name
-        assert set(entry.kind.split(" + ")) <= {"pruning", "merging", "factorizing", "sparsifying", "slimming"}
+        assert set(entry.kind.split(" + ")) <= {
+            "pruning",
+            "merging",
+            "factorizing",
+            "editing",
+            "sparsifying",
+            "slimming",
+        }
         assert entry.paper == "folklore" or entry.paper.startswith("arXiv:")
         assert entry.summary.endswith(".")
         parameters = json.loads(json.dumps(entry.parameters()))

@@ -257,7 +257,8 @@ def _planned(
     except CoterieError as error:
         return replace(base, refused=error.message)
     counts = {layer.index: len(layer.keep) for layer in plan.layers}
-    written = measure_written(streamed, *layout(streamed, *replaced(streamed, counts, chosen)), counts)
+    active = {index: chosen.active(moe) for index, moe in streamed.moe.items()}
+    written = measure_written(streamed, *layout(streamed, *replaced(streamed, counts, chosen)), counts, active)
     return replace(base, plan=plan, size=written)
 
 
@@ -330,6 +331,8 @@ def _as(moe: MoELayer, method: Method, plan: LayerPlan, stored: Mapping[str, tor
             put_back_dense(moe.bank, plan.keep, factors)
     try:
         with ExitStack() as stack:
+            if (slot := method.slot(moe)) is not None:
+                stack.enter_context(rerouted(moe.experts, slot))
             target = method.expert_map(plan)
             if target is None:
                 stack.enter_context(narrowed(moe, plan.keep, router_rows(method, moe, stored, plan) or None))

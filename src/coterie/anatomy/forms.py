@@ -1,9 +1,10 @@
-"""What is special about the experts of a layer: shared by several router outputs, or stored as low-rank factors.
+"""What is special about the experts of a layer: shared by several router outputs, stored as low-rank factors, or only
+the strongest of a token run and vectors stand in for the rest (compressed experts).
 
 config.json says so in its "coterie" header (see `uneven`), layer by layer:
 
     "quantization_config": {"quant_method": "coterie", "format": 1, "layers": {
-        "3": {"map": [0, 0, 1, 2, 1, 2, 0, 1], "ranks": {"gate": 32, "up": 32, "down": 32}}}}
+        "3": {"map": [0, 0, 1, 2, 1, 2, 0, 1], "ranks": {"gate": 32, "up": 32, "down": 32}}, "4": {"main": 2}}}
 
 A freshly built model is given these forms on the meta device before any weight is loaded; weights are not their
 business. Everything in a header is checked against the model first: it may come from anywhere.
@@ -25,7 +26,7 @@ from coterie.anatomy.experts import ExpertBank
 from coterie.anatomy.layers import MoELayer, moe_layers
 from coterie.anatomy.slicing import cut_experts
 from coterie.errors import CheckpointError
-from coterie.experts import factored, mapped
+from coterie.experts import compressed, factored, mapped
 
 Projection = Literal["gate", "up", "down"]
 
@@ -35,6 +36,8 @@ class Form(BaseModel):
 
     map : stored expert of each of the router's outputs. ranks : rank of each projection's factors.
     rows : rows of each projection's sparse part, over all experts; only with ranks.
+    main : experts that run per token, the strongest of those picked; single, renormalize_main : see
+    `experts.compressed`; only with main.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -42,6 +45,9 @@ class Form(BaseModel):
     map: list[Annotated[int, Field(ge=0)]] | None = None
     ranks: dict[Projection, Annotated[int, Field(ge=1)]] | None = None
     rows: dict[Projection, Annotated[int, Field(ge=0)]] | None = None
+    main: Annotated[int, Field(ge=1)] | None = None
+    single: bool | None = None
+    renormalize_main: bool | None = None
 
     def describe(self) -> dict[str, Any]:
         return self.model_dump(exclude_none=True)
@@ -81,6 +87,12 @@ def apply_forms(model: nn.Module, forms: Mapping[int, Form]) -> None:
             factored.convert(layer.experts, projection_shapes(layer.bank), form.ranks, form.rows)  # type: ignore[arg-type]
         elif form.rows is not None:
             raise CheckpointError(f"config.json: layer {index} has sparse rows but no ranks")
+        if form.main is not None:
+            _check_main(layer, form)
+            single, renormalize = bool(form.single), bool(form.renormalize_main)
+            compressed.convert(layer.experts, form.main, single=single, renormalize_main=renormalize)
+        elif form.single is not None or form.renormalize_main is not None:
+            raise CheckpointError(f"config.json: layer {index} says how vectors stand in for experts, but has no main")
 
 
 def form_of(layer: MoELayer) -> Form:
@@ -91,7 +103,15 @@ def form_of(layer: MoELayer) -> Form:
         ranks = {p: int(getattr(module, f"factor_{p}_a").shape[2]) for p in names}
         if hasattr(module, f"sparse_{names[0]}"):
             rows = {p: int(getattr(module, f"sparse_{p}").shape[0]) for p in names}
-    return Form(map=mapped.expert_map(module), ranks=ranks, rows=rows)  # type: ignore[arg-type]
+    return Form(map=mapped.expert_map(module), ranks=ranks, rows=rows, **_compressed(module))  # type: ignore[arg-type]
+
+
+def _compressed(module: nn.Module) -> dict[str, Any]:
+    """Entries of the form of compressed experts; what is as by default is not said."""
+    if not isinstance(module, compressed.Compressed):
+        return {}
+    flags = {name: True for name in ("single", "renormalize_main") if getattr(module, name)}
+    return {"main": module.main_experts, **flags}
 
 
 def projection_shapes(bank: ExpertBank) -> dict[str, tuple[int, int]]:
@@ -110,6 +130,18 @@ def _check_map(layer: MoELayer, target: list[int]) -> None:
     stored = max(target) + 1
     if stored > E or set(target) != set(range(stored)):
         raise CheckpointError(f"config.json: the expert map of layer {layer.index} skips or exceeds its {E} experts")
+
+
+def _check_main(layer: MoELayer, form: Form) -> None:
+    assert form.main is not None
+    if form.main > layer.top_k:
+        raise CheckpointError(
+            f"config.json lets {form.main} experts per token run in layer {layer.index}, whose router picks"
+            f" {layer.top_k}"
+        )
+    if form.map is not None or form.ranks is not None:
+        other = "an expert map" if form.map is not None else "factors"
+        raise CheckpointError(f"config.json: layer {layer.index} has vectors for experts and {other}; not both can be")
 
 
 def _check_ranks(layer: MoELayer, form: Form) -> None:

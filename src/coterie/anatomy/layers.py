@@ -17,6 +17,7 @@ from torch import nn
 from coterie.anatomy.architectures import quirks_of
 from coterie.anatomy.experts import ExpertBank, is_experts_module
 from coterie.errors import ModelError
+from coterie.experts.compressed import main_experts
 from coterie.experts.mapped import expert_map
 
 
@@ -60,6 +61,11 @@ class MoELayer:
         """Experts the router names: more than there are where several of its outputs share one (an expert map)."""
         target = expert_map(self.experts)
         return self.num_experts if target is None else len(target)
+
+    @property
+    def active_experts(self) -> int:
+        """Experts that run for a token: fewer than the router picks where vectors stand in for the others."""
+        return min(main_experts(self.experts) or self.top_k, self.top_k)
 
     @property
     def router_device(self) -> torch.device:

@@ -136,7 +136,7 @@ def prepare(
             model, chosen, method, runtime, data, seed, text, budget, profile=profile, plan=plan, propagate=propagate
         )
     if chosen.keeps_all:
-        _refuse_budget(budget, f"see `coterie methods {method}`")
+        _refuse_budget(budget, f"see `coterie methods {method}`", profile=profile, propagate=propagate)
         budget = {} if ready_plan else {"keep": 1.0}
     streamed = runtime.open(model)
     how_much = None if ready_plan else budget_of(streamed, **budget)

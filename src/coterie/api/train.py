@@ -30,6 +30,7 @@ def finetune(
     rate: float = 5e-5,
     batch_size: int = 8,
     balance: float = 0.01,
+    stand_in: float = 50.0,
     samples: int = 1024,
     held_out_samples: int = 16,
     length: int = 256,
@@ -57,7 +58,7 @@ def finetune(
         raise UsageError("fine-tuning needs text", "Name some with --data.")
     test, train = _apart(given, held_out_samples, more)
     bar = progress or Progress()
-    schedule = Schedule(router_steps, router_rate, steps, rate, batch_size, balance)
+    schedule = Schedule(router_steps, router_rate, steps, rate, batch_size, balance, stand_in=stand_in)
     try:
         return run_finetune(
             resolve(model, offline=runtime.offline),

@@ -23,6 +23,9 @@ def finetune(
     balance: Annotated[
         float, typer.Option(min=0, help="Weight of the model's own load-balancing loss, where it has one.")
     ] = 0.01,
+    stand_in: Annotated[
+        float, typer.Option(min=0, help="The vectors of compressed experts learn at this multiple of --rate.")
+    ] = 50.0,
     samples: o.Samples = 1024,
     held_out_samples: Annotated[
         int, typer.Option(min=1, help="Sequences per domain kept out of training, to measure the loss on.")
@@ -55,6 +58,7 @@ def finetune(
             rate=rate,
             batch_size=batch_size,
             balance=balance,
+            stand_in=stand_in,
             samples=samples,
             held_out_samples=held_out_samples,
             length=length,

@@ -32,6 +32,7 @@ def inspect(
             "layer": m.index,
             "experts": m.num_experts,
             "top_k": m.top_k,
+            "active": m.active_experts,
             "groups": m.groups,
             "expert_width": m.bank.intermediate_size,
             "shared": [s.rpartition(".")[2] for s in m.shared],
@@ -55,14 +56,15 @@ def inspect(
     if common.json:
         emit_json(report)
         return
-    first = layers[0]
+    first, moe = layers[0], next(iter(streamed.moe.values()))
     routed = size.bytes_of_expert * sum(layer["experts"] for layer in layers)
     shared = f", shared: {', '.join(first['shared'])}" if first["shared"] else ""
     groups = f" in {first['groups']} groups" if first["groups"] > 1 else ""
+    run = "" if moe.active_experts == moe.top_k else f" of which {moe.active_experts} run"
     rows = [
         ["architecture", f"{report['architecture']} ({text.model_type})"],
         ["layers", f"{len(streamed.layers)}: {len(layers)} MoE, {len(dense)} dense"],
-        ["experts", f"{size.experts} per layer{groups}, {first['top_k']} per token{shared}"],
+        ["experts", f"{size.experts} per layer{groups}, {first['top_k']} per token{run}{shared}"],
         ["hidden, expert width", f"{text.hidden_size}, {first['expert_width']}"],
         ["vocabulary", f"{text.vocab_size}"],
         ["parameters", f"{millions(size.parameters)}, {millions(size.active_parameters)} active per token"],

@@ -57,6 +57,8 @@ class Output(Rewrite):
         self.routers = {index: layer.router_size for index, layer in streamed.moe.items()}
         self.forms = {index: form_of(layer) for index, layer in streamed.moe.items()}
         self.ranks = {index: method.ranks(layer) for index, layer in streamed.moe.items()}
+        self.reforms = {index: method.reform(layer) for index, layer in streamed.moe.items()}
+        self.added = {index: bool(method.added(layer)) for index, layer in streamed.moe.items()}
         self.removed = sum(self.before.values()) - sum(counts.values())
         if self.removed:
             refuse_unsliceable(streamed.model)
@@ -70,9 +72,10 @@ class Output(Rewrite):
 
     @property
     def special(self) -> bool:
-        """Are experts of the output shared or factored?"""
+        """Are experts of the output shared, factored or stood in for?"""
         own = self.method.redirects and self.removed > 0
-        return own or any(self.ranks.values()) or any(form.describe() for form in self.forms.values())
+        own = own or any(self.ranks.values()) or any(self.reforms.values())
+        return own or any(form.describe() for form in self.forms.values())
 
     def _replaced(self, streamed: StreamedModel) -> tuple[dict[int, set[str]], dict[int, dict[str, Tensor]]]:
         """Tensors that go, and what takes their place, of every layer."""
@@ -114,6 +117,7 @@ class Output(Rewrite):
                 state[name] = stored[name].index_select(dims[name], keep.to(stored[name].device))
         if factors is not None:
             state |= {f"{layer.experts_name}.{name}": value for name, value in factors.items()}
+        state |= {f"{layer.experts_name}.{name}": value for name, value in self.method.added(layer).items()}
         self.write(state, plan.keep)
         if in_memory:
             self._become(layer, plan, rows, factors)
@@ -162,7 +166,8 @@ class Output(Rewrite):
         forms = {}
         for index, form in self.forms.items():
             ranks, rows = self.ranks[index] or form.ranks, self.rows.get(index) or form.rows
-            forms[index] = Form.model_validate({"map": maps[index] or form.map, "ranks": ranks, "rows": rows})
+            changed = {"map": maps[index] or form.map, "ranks": ranks, "rows": rows}
+            forms[index] = Form.model_validate({**form.describe(), **changed, **self.reforms[index]})
         return with_forms(config, forms, version)
 
     def _write_text(self, name: str, text: str) -> None:
@@ -203,6 +208,8 @@ def replaced(
                 fresh[index][name] = torch.empty(shape, dtype=meta.dtype, device="meta")
         if ranks is not None:
             fresh[index] |= empty_factors(layer, counts[index], ranks)
+        added = method.added(layer).items()
+        fresh[index] |= {f"{layer.experts_name}.{name}": value.to("meta") for name, value in added}
     return gone, fresh
 
 
@@ -228,9 +235,9 @@ def router_rows(method: Method, layer: MoELayer, stored: Mapping[str, Tensor], p
 
 
 def loads_with(after: Mapping[str, int], forms: bool = False) -> str:
-    """What a reader of the result needs. forms : its experts are shared or factored."""
+    """What a reader of the result needs. forms : its experts are shared, factored or stood in for."""
     if forms:
-        return "Experts are shared or factored: loads with transformers after `import coterie` (pip install coterie)."
+        return "Its experts have a special form: loads with transformers after `import coterie` (pip install coterie)."
     if after["experts_total"] == after["experts"] * after["layers"]:
         return "Loads with plain transformers."
     return "Layers differ in size: loads with transformers after `import coterie` (pip install coterie)."

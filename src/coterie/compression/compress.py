@@ -225,7 +225,8 @@ class _Run:
             if reason := self.method.plain_checkpoint(layer_plan):
                 raise UsageError(f"{self.name}: {reason}")
         self.output = Output(self.streamed, work.folder, counts, self.method, self.shard_bytes)
-        after = measure_written(self.streamed, self.output.specs, self.output.fresh_of, counts)
+        active = {i: self.method.active(layer) for i, layer in self.streamed.moe.items()}
+        after = measure_written(self.streamed, self.output.specs, self.output.fresh_of, counts, active)
         try:
             if plans and self.method.sees_twice:
                 self._apply_on_text(plans, States(work.folder / "again", memory, durable=True), progress)
@@ -279,6 +280,7 @@ class _Run:
             if index in plans and index not in done:
                 if self.output.touched[index]:
                     self.streamed.load_moe(index)
+                if self.output.touched[index] or self.output.added[index]:
                     self.figures[index] = self.output.edit(plans[index], in_memory=False)
                 self.output.copy_rest(self.streamed.layer_keys[index])
                 self.streamed.free_layer(index)

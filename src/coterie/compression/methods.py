@@ -26,6 +26,7 @@ from coterie.anatomy import ExpertBank, MoELayer
 from coterie.compression.plan import LayerPlan
 from coterie.compression.selector import Budget, select_global, select_layer
 from coterie.errors import UsageError
+from coterie.experts.forward import Slot
 from coterie.profiling.observers import Observer
 from coterie.profiling.profile import LayerProfile
 
@@ -113,6 +114,25 @@ class Method(BaseModel):
         """
         return None
 
+    def check_model(self, moe: Mapping[int, MoELayer]) -> None:
+        """Raise UsageError or ModelError for a model this method cannot work on, before any weight is read."""
+
+    def reform(self, moe: MoELayer) -> dict[str, Any]:
+        """Entries of the form (`anatomy.forms`) its layers get, beside map and ranks."""
+        return {}
+
+    def added(self, moe: MoELayer) -> dict[str, Tensor]:
+        """Tensors the experts module of a layer gets beside those it has, by name; their values are known at once."""
+        return {}
+
+    def slot(self, moe: MoELayer) -> Slot | None:
+        """What a layer as it comes out of this method does to a token's ids and weights, where `reform` says so."""
+        return None
+
+    def active(self, moe: MoELayer) -> int:
+        """Experts that run per token afterwards."""
+        return moe.active_experts
+
     def router_rows(self, rows: dict[str, Tensor], plan: LayerPlan) -> dict[str, Tensor]:
         """New router tensors instead of the kept experts' old ones.
 
@@ -165,11 +185,22 @@ class Method(BaseModel):
         return None
 
 
-class OwnJob(Method):
-    """Base of methods that keep every expert and change weights in a job of their own (see `api.shrink.JOBS`).
+class Keeper(Method):
+    """Base of methods that keep every expert, whatever becomes of it."""
 
-    needs_text : does it look at any? how_much : what says how much is changed, for a hint. on_the_fly : why two methods
-    of this kind cannot be compared without writing a checkpoint.
+    @property
+    def keeps_all(self) -> bool:
+        return True
+
+    def pick(self, layer: LayerProfile, moe: MoELayer, count: int, budget: Budget) -> Pick:
+        return Pick(list(range(moe.num_experts)), torch.zeros(0))
+
+
+class OwnJob(Keeper):
+    """Base of methods that change weights in a job of their own, not layer by layer (see `api.shrink.JOBS`).
+
+    how_much : what says how much is changed, for a hint. on_the_fly : why methods of this kind cannot be compared
+    without writing a checkpoint.
     """
 
     how_much: ClassVar[str] = ""
@@ -180,10 +211,6 @@ class OwnJob(Method):
 
     @property
     def needs_text(self) -> bool:
-        return True
-
-    @property
-    def keeps_all(self) -> bool:
         return True
 
 
@@ -224,7 +251,7 @@ def method(name: str, *, kind: str, paper: str) -> Callable[[M], M]:
 
 def methods() -> dict[str, Registered]:
     """All methods by name; importing a file in a method folder is enough to be listed."""
-    for family in ("pruning", "merging", "factorizing", "sparsifying", "slimming"):
+    for family in ("pruning", "merging", "factorizing", "editing", "sparsifying", "slimming"):
         package = importlib.import_module(f"coterie.compression.{family}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")

@@ -27,6 +27,7 @@ from torch import Tensor
 from coterie.anatomy import MoELayer, narrowed, slice_names
 from coterie.anatomy.counts import with_expert_counts
 from coterie.errors import ModelError, UsageError
+from coterie.experts.compressed import is_compressed
 from coterie.experts.forward import rerouted
 from coterie.profiling.observe import LayerObservation
 from coterie.profiling.observers import LayerShape, Observer, Routing
@@ -112,6 +113,10 @@ def pad(
     Raises UsageError if all layers are the same already, or if text is needed and missing. Peak memory: two copies of
     the largest MoE layer.
     """
+    if any(is_compressed(layer.experts) for layer in streamed.moe.values()):
+        raise UsageError(
+            f"the experts of {model} are compressed experts, which only Coterie can run: nothing to pad them for"
+        )
     counts = {index: layer.num_experts for index, layer in streamed.moe.items()}
     most = max(counts.values())
     smaller = {index: n for index, n in counts.items() if n < most}

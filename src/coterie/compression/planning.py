@@ -13,6 +13,7 @@ from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.selector import Budget, check_protect, counts_for
 from coterie.compression.sizes import Size, measure
 from coterie.errors import UsageError
+from coterie.experts.compressed import is_compressed
 from coterie.profiling.profile import LayerProfile, Profile
 from coterie.streaming.model import StreamedModel
 
@@ -68,7 +69,16 @@ def known_counts(streamed: StreamedModel, method: Method, budget: Budget, size: 
 
 
 def check_editable(streamed: StreamedModel, method: Method) -> None:
-    """Raise UsageError if `method` changes matrices of experts that are stored as factors."""
+    """Raise UsageError if `method` cannot work on this model: it changes matrices of experts that are stored as
+    factors, or anything of experts that vectors stand in for; or for reasons of its own."""
+    compressed = [index for index, layer in streamed.moe.items() if is_compressed(layer.experts)]
+    if compressed:
+        raise UsageError(
+            f"the experts of layer {compressed[0]} are compressed experts: their vectors stand in for experts as they"
+            " are",
+            "Remove, merge or edit experts first; compressed-experts comes last.",
+        )
+    method.check_model(streamed.moe)
     factored = [index for index, layer in streamed.moe.items() if layer.bank.factored]
     if factored and (method.rebuilds or any(method.ranks(layer) for layer in streamed.moe.values())):
         raise UsageError(

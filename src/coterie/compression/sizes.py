@@ -51,14 +51,19 @@ def measure(streamed: StreamedModel) -> Size:
 
 
 def measure_written(
-    streamed: StreamedModel, specs: Sequence[Spec], fresh_of: Mapping[str, int], counts: Mapping[int, int]
+    streamed: StreamedModel,
+    specs: Sequence[Spec],
+    fresh_of: Mapping[str, int],
+    counts: Mapping[int, int],
+    active: Mapping[int, int] | None = None,
 ) -> Size:
-    """Size of what will be written from `streamed`: `layout`'s specs, its layers holding `counts` experts."""
+    """Size of what will be written from `streamed`: `layout`'s specs, its layers holding `counts` experts, of which
+    `active` run per token (by default as many as do now)."""
     sizes = {spec.key: (torch.Size(spec.shape).numel(), spec.nbytes) for spec in specs}
     params: dict[str, str | None] = {}
     for key in sizes:  # a name the source does not have is a new form of the experts
         params[key] = streamed.params[key] if key in streamed.params else f"{streamed.moe[fresh_of[key]].experts_name}."
-    return _size(streamed, sizes, params, counts)
+    return _size(streamed, sizes, params, counts, active)
 
 
 def _size(
@@ -66,10 +71,12 @@ def _size(
     sizes: Mapping[str, tuple[int, int]],
     params: Mapping[str, str | None],
     counts: Mapping[int, int] | None = None,
+    active: Mapping[int, int] | None = None,
 ) -> Size:
     """sizes : {checkpoint key: (numbers, bytes)}. params : the model's name of each, None where it ignores the key."""
     layers = streamed.moe
     counts = counts or {index: layer.num_experts for index, layer in layers.items()}
+    active = active or {index: layer.active_experts for index, layer in layers.items()}
     of_experts, of_rows = {index: [0, 0] for index in layers}, {index: [0, 0] for index in layers}
     experts = {f"{layer.experts_name}.": index for index, layer in layers.items()}
     rows = {name: index for index, layer in layers.items() for name in slice_names(layer)}
@@ -81,7 +88,7 @@ def _size(
                 group[index][0] += numel
                 group[index][1] += nbytes
     total = sum(numel for key, (numel, _) in sizes.items() if params[key] is not None)
-    spare = {i: max(counts[i] - layer.top_k, 0) / counts[i] for i, layer in layers.items()}
+    spare = {i: max(counts[i] - active[i], 0) / counts[i] for i in layers}
     first = next(iter(layers))
     shares = layers[first].router_size == layers[first].num_experts == counts[first]
     bytes_of_expert = (of_experts[first][1] + of_rows[first][1] * shares) // counts[first]

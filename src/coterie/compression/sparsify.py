@@ -29,6 +29,7 @@ from coterie.compression.apply import Output
 from coterie.compression.compress import Result, earlier_steps, versions
 from coterie.compression.forecast import Forecast, forecast
 from coterie.compression.plan import LayerPlan, Plan
+from coterie.compression.planning import check_editable
 from coterie.compression.sizes import measure, router_parameters_per_expert
 from coterie.compression.sparsifying.base import Sparsifier
 from coterie.compression.sparsifying.owl import Owl
@@ -244,6 +245,7 @@ class _Run:
         seed: int,
     ) -> None:
         method.check()
+        check_editable(streamed, method)
         if method.needs_text and data is None:
             raise UsageError(
                 f"{name} judges weights by what they are multiplied with on text, and no text was given",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coterie.experts.forward import experts_forward, widened
+from coterie.experts.forward import experts_forward, joined, widened
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -44,9 +44,7 @@ class Factored:
         """One projection under its stock name, biases included: [R, I] -> [R, O]."""
         if name == "gate_up_proj":
             gate_RO, up_RO = self._multiply("gate", expert, x_RI), self._multiply("up", expert, x_RI)
-            joined = [gate_RO, up_RO]
-            concatenated = self.is_concatenated  # type: ignore[attr-defined]
-            y_RO = torch.cat(joined, -1) if concatenated else torch.stack(joined, -1).flatten(-2)
+            y_RO = joined(self, gate_RO, up_RO)  # type: ignore[arg-type]
         else:
             y_RO = self._multiply(name.removesuffix("_proj"), expert, x_RI)
         bias = getattr(self, f"{name}_bias", None) if self.has_bias else None  # type: ignore[attr-defined]

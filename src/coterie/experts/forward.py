@@ -8,7 +8,9 @@ Registered with transformers as the experts implementation "coterie". It differs
 - a slot (`rerouted`) may change ids and weights between router and experts: skipping, renumbering, overriding;
 - index == num_experts means "no expert" everywhere: no cost, no weight.
 
-It does not know what observers do with what they see, nor which model it runs in.
+Experts of a special form say in methods of their module what is different: `project` how a matrix multiplies,
+`stand_in` which of the chosen experts run and what scales their inputs. It does not know what observers do with what
+they see, nor which model it runs in. A tap sees a token's input before it is scaled.
 """
 
 # T tokens, H hidden, I expert intermediate, P = 2I with a gate (gate and up together) or I without, E experts,
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,21 @@ class Tap(Protocol):
 
 
 Slot = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (index_TK, weight_TK) -> what the experts shall run
+
+
+class Scale(NamedTuple):
+    """Factors, token by token, on what the matrices of its experts are multiplied with.
+
+    up_TH : on the input of up, and of gate unless gate_TH is given. down_TI : on the input of down, None for none.
+    """
+
+    up_TH: Tensor
+    gate_TH: Tensor | None = None
+    down_TI: Tensor | None = None
+
+    def of(self, token_R: Tensor) -> Scale:
+        """The rows of some tokens."""
+        return Scale(*(None if t is None else t[token_R] for t in self))  # type: ignore[arg-type]
 
 
 _scratch: dict[tuple[Any, ...], Tensor] = {}
@@ -78,22 +95,56 @@ def stored_experts(module: nn.Module) -> int:
     return module.down_proj.shape[0]
 
 
-def _project(module: nn.Module, name: str, expert: int, x_RH: Tensor) -> Tensor:
+_ALL = slice(None)
+
+
+def _project(module: nn.Module, name: str, expert: int, x_RH: Tensor, outputs: slice = _ALL) -> Tensor:
+    """One projection, or some of its outputs."""
     if hasattr(module, "project"):  # experts that are not stored as matrices know how to multiply with them
         return module.project(name, expert, x_RH)  # type: ignore[operator,no-any-return]
     weight = widened(getattr(module, name)[expert], x_RH.dtype, name)
-    bias = getattr(module, f"{name}_bias")[expert].to(x_RH.dtype) if module.has_bias else None
+    bias = getattr(module, f"{name}_bias")[expert, outputs].to(x_RH.dtype) if module.has_bias else None
     if not module.is_transposed:
-        return F.linear(x_RH, weight, bias)
-    y = x_RH @ weight
+        return F.linear(x_RH, weight[outputs], bias)
+    y = x_RH @ weight[:, outputs]
     return y if bias is None else y + bias
 
 
-def inner_activation(module: nn.Module, expert: int, x_RH: Tensor) -> Tensor:
-    """What one expert's down projection receives for these inputs: [R, H] -> [R, I]."""
-    up_RP = _project(module, "gate_up_proj" if module.has_gate else "up_proj", expert, x_RH)
+def joined(module: nn.Module, gate_RI: Tensor, up_RI: Tensor) -> Tensor:
+    """Gate and up as one projection would have put them out: [R, I] twice -> [R, P]."""
+    if module.is_concatenated:
+        return torch.cat([gate_RI, up_RI], -1)
+    return torch.stack([gate_RI, up_RI], -1).flatten(-2)
+
+
+def inner_activation(module: nn.Module, expert: int, x_RH: Tensor, scale: Scale | None = None) -> Tensor:
+    """What one expert's down projection receives for these inputs: [R, H] -> [R, I]. scale : of the same rows."""
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    if scale is None:
+        up_RP = _project(module, name, expert, x_RH)
+    elif scale.gate_TH is None:
+        up_RP = _project(module, name, expert, _times(x_RH, scale.up_TH))
+    else:  # gate and up receive different inputs: each is its own product, on its half of the fused weight
+        gate, up = _halves(module)
+        gate_RI = _project(module, name, expert, _times(x_RH, scale.gate_TH), gate)
+        up_RP = joined(module, gate_RI, _project(module, name, expert, _times(x_RH, scale.up_TH), up))
     inner_RI: Tensor = module._apply_gate(up_RP) if module.has_gate else module.act_fn(up_RP)  # type: ignore[operator]
-    return inner_RI
+    return inner_RI if scale is None or scale.down_TI is None else _times(inner_RI, scale.down_TI)
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiplied in the wider of both dtypes: close to 1 a narrow factor would have no digits."""
+    return (x * factor).to(x.dtype)
+
+
+def _halves(module: nn.Module) -> tuple[slice, slice]:
+    """Which outputs of the fused projection are gate's, and which up's."""
+    if not module.is_concatenated:
+        return slice(0, None, 2), slice(1, None, 2)
+    weight = module.gate_up_proj
+    assert isinstance(weight, Tensor)
+    half = weight.shape[2 if module.is_transposed else 1] // 2
+    return slice(None, half), slice(half, None)
 
 
 def output_projection(module: nn.Module, expert: int, inner_RI: Tensor) -> Tensor:
@@ -118,6 +169,9 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     slots: list[Slot] = getattr(self, "_coterie_slots", [])
     for slot in slots:
         top_k_index, top_k_weights = slot(top_k_index, top_k_weights)
+    scale: Scale | None = None
+    if hasattr(self, "stand_in"):
+        top_k_index, top_k_weights, scale = self.stand_in(top_k_index, top_k_weights)  # type: ignore[operator]
     tap: Tap | None = getattr(self, "_coterie_tap", None)
     watched = tap is not None and tap.routed(x_TH, top_k_index, top_k_weights)
     inner = getattr(tap, "inner", None) if watched else None
@@ -135,7 +189,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         start += count
         token_R = row_R if K == 1 else row_R // K
         x_RH = x_TH[token_R]
-        inner_RI = inner_activation(self, expert, x_RH)
+        inner_RI = inner_activation(self, expert, x_RH, None if scale is None else scale.of(token_R))
         if inner is not None:
             inner(expert, row_R, inner_RI)
         y_RH = output_projection(self, expert, inner_RI)

@@ -32,6 +32,7 @@ from coterie.training.trainer import (
     restore,
     router_parameters,
     shared_workspace,
+    stand_ins,
     training_arguments,
     write_trained,
 )
@@ -45,6 +46,8 @@ class Schedule:
     steps, rate : steps in which everything learns.
     batch_size : sequences per step. balance : weight of the model's own load-balancing loss, where it has one.
     warmup : share of each phase's steps in which the rate rises; it then falls linearly to 0.
+    stand_in : the vectors of compressed experts learn with this multiple of the rate. They start at 1 and have to get
+        some tenths away from it: at the rate of weights that takes thousands of steps.
     """
 
     router_steps: int = 100
@@ -55,6 +58,7 @@ class Schedule:
     balance: float = 0.01
     weight_decay: float = 0.001
     warmup: float = 0.05
+    stand_in: float = 50.0
 
 
 @dataclass
@@ -131,7 +135,9 @@ def finetune(
                 device=device,
                 seed=seed,
             )
-            trainer = PlainTrainer(model, arguments, Rows(data), test, [Told(phase, on_log)])
+            trainer = PlainTrainer(
+                model, arguments, Rows(data), test, [Told(phase, on_log)], [stand_ins(schedule.stand_in)]
+            )
             done = place / phase / "done"
             if (done / "losses.json").exists():
                 restore(trainer.trained_state(), done / "trained.safetensors")

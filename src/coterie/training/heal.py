@@ -50,6 +50,7 @@ from coterie.training.trainer import (
     processes,
     router_parameters,
     shared_workspace,
+    stand_ins,
     training_arguments,
     write_trained,
 )
@@ -250,7 +251,7 @@ def distil(
             Rows(data, cache, k),
             test,
             [Told(phase, on_log), *callbacks],
-            rules,
+            [*rules, stand_ins()],
             teacher=online,
             options=options,
         )

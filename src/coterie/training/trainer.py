@@ -96,6 +96,12 @@ class Rule:
     weight_decay: float | None = None
 
 
+def stand_ins(rate: float = 50.0) -> Rule:
+    """How the vectors of compressed experts (arXiv:2503.00634) learn: at a multiple of the rate, for they start at 1
+    and have to get some tenths away from it; and without weight decay, which would pull them to 0."""
+    return Rule(r".*\.theta", rate=rate, weight_decay=0.0)
+
+
 class PlainTrainer(Trainer):  # type: ignore[misc]
     """The Trainer on a model's own loss. `rules` : see `Rule`. Its columns are what `held_out` averages."""
 

@@ -18,14 +18,13 @@ from torch import Tensor
 from coterie.anatomy import ExpertBank, MoELayer
 from coterie.anatomy.forms import projection_shapes
 from coterie.compression.merging.operators import MATRIX, factorise, ranks_of
-from coterie.compression.methods import Method, Pick, method
+from coterie.compression.methods import Keeper, method
 from coterie.compression.plan import LayerPlan
-from coterie.compression.selector import Budget
 from coterie.profiling.profile import LayerProfile
 
 
 @method("low-rank", kind="factorizing", paper="folklore")
-class LowRank(Method):
+class LowRank(Keeper):
     """Store the matrices of all experts as low-rank factors (truncated SVD)."""
 
     rank: int | None = Field(None, ge=1, description="Rank of every matrix.")
@@ -38,13 +37,6 @@ class LowRank(Method):
         if self.rank is not None and self.save is not None:
             raise ValueError("a rank and a share to save both decide: give one of them")
         return self
-
-    @property
-    def keeps_all(self) -> bool:
-        return True
-
-    def pick(self, layer: LayerProfile, moe: MoELayer, count: int, budget: Budget) -> Pick:
-        return Pick(list(range(moe.num_experts)), torch.zeros(0))
 
     def ranks(self, moe: MoELayer) -> dict[str, int]:
         save = 0.5 if self.rank is None and self.save is None else self.save

@@ -1,0 +1,1 @@
+"""Methods that change what a layer computes and keep all of its experts."""
