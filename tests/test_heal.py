@@ -120,7 +120,7 @@ def test_tensors_stored_wider_than_the_rest_stay_so(ids, tmp_path):
     assert changed(source, tmp_path / "out") <= names_on_disk(source, router_parameters)
 
 
-@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("family", ["deepseek-v3", "gpt-oss"])
 def test_with_experts_only_routed_experts_change(family, ids, tmp_path):
     source = saved(family, tmp_path)
     coterie.heal(
@@ -137,7 +137,7 @@ def test_with_experts_only_routed_experts_change(family, ids, tmp_path):
     assert moved <= names_on_disk(source, expert_parameters)
 
 
-@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("family", ["qwen3-moe", "deepseek-v3", "gpt-oss"])
 def test_lora_ends_as_a_plain_checkpoint_with_linear_layers_and_experts_changed(family, ids, tmp_path):
     source = saved(family, tmp_path, torch.float32)
     coterie.heal(
@@ -423,14 +423,14 @@ def heal_until_killed(student, out, teacher, ids):
     coterie.heal(student, out, teacher=teacher, tokens=ids, **LONG)
 
 
-LONG = {"steps": 60, "batch_size": 4, "rate": 1e-3, "top": 16}
+LONG = {"steps": 40, "batch_size": 4, "rate": 1e-3, "top": 16}
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_the_same(teacher, student, ids, tmp_path):
     out = tmp_path / "out"
     coterie.heal(student, str(tmp_path / "whole"), teacher=teacher, tokens=ids, **LONG)
     process = start(heal_until_killed, student, str(out), teacher, ids)
-    until(lambda: (tmp_path / "out.partial/training/checkpoint-24/.whole").exists())
+    until(lambda: (tmp_path / "out.partial/training/checkpoint-10/.whole").exists())
     process.kill()
     process.join()
     assert not out.exists()
@@ -447,7 +447,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_the_same(teacher, stu
     finally:
         heal_module._Kept.on_save = original
     assert first
-    assert first[0] > 24
+    assert first[0] > 10
     assert changed(tmp_path / "whole", out) == set()
     assert not (tmp_path / "out.partial").exists()
 
