@@ -22,7 +22,9 @@ from coterie.experts.mapped import redirect
 from coterie.streaming.checkpoint import Checkpoint
 from coterie.streaming.lockstep import Batch, sweep
 from coterie.streaming.model import StreamedModel
+from coterie.text import load_tokens
 from coterie.training import finetune as training
+from coterie.training.trainer import PlainTrainer, Rows, stand_ins, training_arguments
 from families import FEW, each_tensor, edit_json, resident, saved, tiny, token_file, tokens
 from inprocess import cli
 
@@ -587,8 +589,8 @@ def test_a_comparison_sees_what_evaluating_the_written_checkpoint_sees(tmp_path,
         str(source), tokens=str(ids), eval_tokens=str(held), methods=["compressed-experts", "frequency"], keep=[1, 0.5]
     )
     by_label = {c.label: c for c in found.contenders}
-    assert "removes no expert" in by_label["compressed-experts 0.5"].refused
-    contender = by_label["compressed-experts 1"]
+    assert set(by_label) == {"frequency 1", "frequency 0.5", "compressed-experts all kept"}  # a budget says nothing
+    contender = by_label["compressed-experts all kept"]
     quality = coterie.evaluate([str(source), str(out)], tokens=str(held))[1]
     assert contender.quality.mean_loss == pytest.approx(quality.mean_loss, abs=1e-6)
     assert abs(contender.delta.mean) > 1e-4
@@ -620,19 +622,21 @@ def test_fine_tuning_trains_weights_and_vectors_and_stores_vectors_in_float32(fa
     assert not torch.equal(fine, fine.to(torch.bfloat16).float())
 
 
-def test_vectors_have_their_own_rate_and_no_weight_decay():
+def test_vectors_have_their_own_rate_and_no_weight_decay(counting, tmp_path):
     model = built("mixtral")
     for layer in moe_layers(model):
         convert(layer.experts, 2)
     thetas = [layer.experts.theta for layer in moe_layers(model)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
-    count = sum(len(g["params"]) for g in optimizer.param_groups)
-    training.stand_in_group(optimizer, model, 0.05)
-    own = optimizer.param_groups[-1]
-    assert [id(p) for p in own["params"]] == [id(t) for t in thetas]
-    assert (own["lr"], own["weight_decay"]) == (0.05, 0.0)
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == count
-    assert not any(p is t for g in optimizer.param_groups[:-1] for p in g["params"] for t in thetas)
+    arguments = training_arguments(
+        tmp_path, steps=1, rate=1e-3, batch_size=1, warmup=0.0, weight_decay=0.1, device="cpu", seed=0
+    )
+    rows = Rows(load_tokens(counting))
+    optimizer = PlainTrainer(model, arguments, rows, None, (), [stand_ins(50.0)]).create_optimizer()
+    own = [g for g in optimizer.param_groups if any(p is t for p in g["params"] for t in thetas)]
+    assert len(own) == 1
+    assert [id(p) for p in own[0]["params"]] == [id(t) for t in thetas]
+    assert (own[0]["lr"], own[0]["weight_decay"]) == (pytest.approx(0.05), 0.0)
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
 
 
 def test_the_trainers_steps_on_vectors_are_the_given_multiple_of_the_rate(counting, tmp_path):

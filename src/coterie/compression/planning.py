@@ -62,6 +62,8 @@ def make_plan(streamed: StreamedModel, model: str, name: str, method: Method, bu
 
 def known_counts(streamed: StreamedModel, method: Method, budget: Budget, size: Size) -> dict[int, int] | None:
     """Experts each layer will keep, where that is known before anything was measured; checks the budget either way."""
+    if method.keeps_all and budget != Budget(keep=1.0):
+        raise UsageError("this method removes no expert: a budget of experts would be ignored", "Leave it out.")
     if budget.scope == "global" or method.allocates:
         method.check_spread(streamed.moe, budget)
         return None
