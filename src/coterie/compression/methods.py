@@ -169,10 +169,11 @@ class OwnJob(Method):
     """Base of methods that keep every expert and change weights in a job of their own (see `api.shrink.JOBS`).
 
     needs_text : does it look at any? how_much : what says how much is changed, for a hint. on_the_fly : why two methods
-    of this kind cannot be compared without writing a checkpoint.
+    of this kind cannot be compared without writing a checkpoint. without_text : what to do where text is missing.
     """
 
     how_much: ClassVar[str] = ""
+    without_text: ClassVar[str] = "Name some with --data."
     on_the_fly: ClassVar[str] = ""
 
     def check(self) -> None:
