@@ -24,7 +24,8 @@ from coterie.streaming.lockstep import Batch, sweep
 from coterie.streaming.model import StreamedModel
 from coterie.text import load_tokens
 from coterie.training import finetune as training
-from coterie.training.trainer import PlainTrainer, Rows, stand_ins, training_arguments
+from coterie.training import trainer as trainers
+from coterie.training.trainer import PlainTrainer, stand_ins, training_arguments
 from families import FEW, each_tensor, edit_json, resident, saved, tiny, token_file, tokens
 from inprocess import cli
 
@@ -630,7 +631,7 @@ def test_vectors_have_their_own_rate_and_no_weight_decay(counting, tmp_path):
     arguments = training_arguments(
         tmp_path, steps=1, rate=1e-3, batch_size=1, warmup=0.0, weight_decay=0.1, device="cpu", seed=0
     )
-    rows = Rows(load_tokens(counting))
+    rows = trainers.Rows(load_tokens(counting))
     optimizer = PlainTrainer(model, arguments, rows, None, (), [stand_ins(50.0)]).create_optimizer()
     own = [g for g in optimizer.param_groups if any(p is t for p in g["params"] for t in thetas)]
     assert len(own) == 1

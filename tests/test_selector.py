@@ -529,3 +529,8 @@ def test_methods_are_values_that_cannot_be_changed():
     assert get_method("reap") == get_method("reap", {"renormalise": True})
     with pytest.raises(ValueError, match="frozen"):
         get_method("reap").renormalise = False
+
+
+def test_a_long_list_to_protect_is_no_file_name():
+    pairs = [(layer, expert) for layer in range(60) for expert in range(20)]
+    assert parse_protect([",".join(f"{i}:{e}" for i, e in pairs)]) == set(pairs)

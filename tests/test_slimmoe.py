@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from coterie.compression.slimming.slimmoe import stage_widths
 from coterie.errors import ModelError, UsageError
 from coterie.experts.forward import inner_activation
 from coterie.profiling.gradients import UnitGradients, sensitivity, top_cross_entropy, top_logits
+from coterie.profiling.neurons import magnitudes
 from coterie.text import load_tokens
 from families import FAMILIES, FEW, config, each_tensor, resident, saved, tiny, token_file, tokens
 from inprocess import cli, fingerprint, start
@@ -564,6 +566,19 @@ def test_streamed_activations_are_those_of_plain_loops(models, ids, tmp_path):
             best = sorted(mean_I.topk(len(kept[layer.index][expert])).indices.tolist())
             differ += best != kept[layer.index][expert]
     assert differ == 0
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_a_neurons_magnitude_is_the_product_of_its_rows_and_column_biases_included(family):
+    (layer, *_) = moe_layers(tiny(family))
+    w, found = layer.bank.read(3), magnitudes(layer)[3]
+    for j in (0, 7):
+        rows = [[*w.gate_IH[j].tolist()], [*w.up_IH[j].tolist()]]
+        if w.up_bias_I is not None:
+            rows[0].append(float(w.gate_bias_I[j]))
+            rows[1].append(float(w.up_bias_I[j]))
+        expected = math.prod(math.hypot(*numbers) for numbers in (*rows, w.down_HI[:, j].tolist()))
+        assert float(found[j]) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("family", ["qwen3-moe", "lfm2-moe"])

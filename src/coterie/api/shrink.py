@@ -176,6 +176,8 @@ def _prepare_job(
     method.check()
     streamed = runtime.open(model)
     found = calibration(model, data, seed=seed, runtime=runtime, **text) if method.needs_text else None
+    if method.needs_text and found is None:
+        raise UsageError(f"{name} looks at text, and no text was given", method.without_text)
     if found is not None:
         check_ids(found, vocabulary_of(streamed))
     memory = parse_size(runtime.memory, least=0)

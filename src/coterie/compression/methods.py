@@ -200,10 +200,11 @@ class OwnJob(Keeper):
     """Base of methods that change weights in a job of their own, not layer by layer (see `api.shrink.JOBS`).
 
     how_much : what says how much is changed, for a hint. on_the_fly : why methods of this kind cannot be compared
-    without writing a checkpoint.
+    without writing a checkpoint. without_text : what to do where text is missing.
     """
 
     how_much: ClassVar[str] = ""
+    without_text: ClassVar[str] = "Name some with --data."
     on_the_fly: ClassVar[str] = ""
 
     def check(self) -> None:

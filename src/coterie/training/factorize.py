@@ -69,7 +69,7 @@ def factorize(
 
     Raises UsageError where experts are factored already or a rank is too high, and what `distil` raises.
     """
-    check_request(streamed, model, data)
+    check_dense(streamed, model)
     ranks = {index: method.ranks(layer) for index, layer in streamed.moe.items()}
     guide, bar = teacher or streamed, progress or Progress()
     digest, before = streamed.checkpoint.digest(), measure(streamed)
@@ -148,7 +148,7 @@ def factorize_forecast(
     memory: int,
 ) -> Forecast:
     """What `factorize` with the same arguments will need; checks ranks as it does, writes nothing."""
-    check_request(streamed, model, data)
+    check_dense(streamed, model)
     for layer in streamed.moe.values():
         method.ranks(layer)
     size = measure(streamed)
@@ -158,10 +158,8 @@ def factorize_forecast(
     return replace(ahead, memory_bytes=ahead.memory_bytes + 16 * learned, scratch_bytes=2 * 12 * learned)
 
 
-def check_request(streamed: StreamedModel, model: str, data: TokenData | None) -> None:
-    """Raise UsageError where there is no text, or experts are no matrices any more."""
-    if data is None:
-        raise UsageError("mc-smoe trains, or scores rows, on text, and none was given", "Name some with --data.")
+def check_dense(streamed: StreamedModel, model: str) -> None:
+    """Raise UsageError where experts are no matrices any more."""
     if any(layer.bank.factored for layer in streamed.moe.values()):
         raise UsageError(f"the experts of {model} are stored as factors already", "Start from the checkpoint before.")
 

@@ -35,6 +35,7 @@ class SlimMoE(OwnJob):
     """Keep every expert, with its most sensitive neurons."""
 
     how_much: ClassVar[str] = "how much of each stays is a parameter, e.g. --set width=0.5"
+    without_text: ClassVar[str] = "Name some with --data, or use --set criterion=magnitude."
     on_the_fly: ClassVar[str] = "it measures gradients of the whole model"
 
     width: float | None = Field(None, gt=0, le=1, description="Share of each expert's neurons that stays.")

@@ -24,6 +24,7 @@ class Sparsifier(OwnJob):
     """Base of all methods that zero weights instead of removing experts."""
 
     how_much: ClassVar[str] = "how much to zero is a parameter, e.g. --set sparsity=0.5"
+    without_text: ClassVar[str] = "Name some with --data, or use --method magnitude."
     on_the_fly: ClassVar[str] = "it zeroes weights layer after layer on its own text"
     needs_ratios: ClassVar[bool] = False  # a sweep over the original comes first (`outlier_ratio`)
 
