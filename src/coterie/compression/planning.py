@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from coterie.anatomy import check_keep
-from coterie.compression.methods import Method, Pick, get_method
+from coterie.compression.methods import Method, OwnJob, Pick, get_method
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.selector import Budget, check_protect, counts_for
 from coterie.compression.sizes import Size, measure
@@ -62,7 +62,7 @@ def make_plan(streamed: StreamedModel, model: str, name: str, method: Method, bu
 
 def known_counts(streamed: StreamedModel, method: Method, budget: Budget, size: Size) -> dict[int, int] | None:
     """Experts each layer will keep, where that is known before anything was measured; checks the budget either way."""
-    if method.keeps_all and budget != Budget(keep=1.0):
+    if method.keeps_all and not isinstance(method, OwnJob) and budget != Budget(keep=1.0):
         raise UsageError("this method removes no expert: a budget of experts would be ignored", "Leave it out.")
     if budget.scope == "global" or method.allocates:
         method.check_spread(streamed.moe, budget)

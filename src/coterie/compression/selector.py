@@ -335,9 +335,9 @@ def parse_protect(items: list[str], digest: Callable[[], str] | None = None) -> 
     digest : gives the digest of the model that is compressed; a file made for another one is refused.
     """
     pairs: set[tuple[int, int]] = set()
-    for item in (part for text in items for part in ([text] if Path(text).is_file() else text.split(","))):
+    for item in (part for text in items for part in ([text] if _is_file(text) else text.split(","))):
         text = item.strip()
-        if text.startswith("@") or text.endswith(".json") or Path(text).is_file():
+        if text.startswith("@") or text.endswith(".json") or _is_file(text):
             pairs |= _listed_pairs(Path(text.removeprefix("@")).expanduser(), digest)
         elif text:
             layer, _, expert = text.partition(":")
@@ -348,6 +348,14 @@ def parse_protect(items: list[str], digest: Callable[[], str] | None = None) -> 
                     f"cannot read --protect {text!r}", "Write layer:expert, e.g. 1:68,2:92, or @FILE."
                 ) from None
     return frozenset(pairs)
+
+
+def _is_file(text: str) -> bool:
+    """A long list of pairs is no path: asking for a file of that name fails instead of saying no."""
+    try:
+        return Path(text).is_file()
+    except OSError:
+        return False
 
 
 def _listed_pairs(file: Path, digest: Callable[[], str] | None) -> set[tuple[int, int]]:
