@@ -1,12 +1,14 @@
-"""Prune a checkpoint that is several times larger than the memory the process may use.
+"""Prune or merge a checkpoint that is several times larger than the memory the process may use.
 
 What it measures
     A random bf16 checkpoint of at least 16 GB with the layers of Qwen3-30B-A3B (hidden 2048, 128 experts of width 768,
-    top-8, vocabulary 151936, shards of 5 GB with an index) is pruned to half its experts by REAP, under a hard limit
-    of 4 GB. It reports peak memory, split into what must be there (anonymous) and what the kernel may take back
+    top-8, vocabulary 151936, shards of 5 GB with an index) is pruned to half its experts by REAP, or merged
+    (`--method hc-smoe`, `m-smoe`, `sub-moe`: every expert sees every token, so it takes longer), under a hard limit of
+    4 GB. It reports peak memory, split into what must be there (anonymous) and what the kernel may take back
     (mapped files, page cache), wall and CPU time, bytes asked for and bytes that really went to and from the disk,
     how often the checkpoint was swept, and whether the output opens: every tensor present with the right shape, the
-    config's count equal to the tensors', and tensors that pruning must not touch equal to the original's, byte by byte.
+    config's count equal to the tensors', and tensors that pruning must not touch equal to the original's, byte by byte:
+    attention, kept experts, and of a merged model the routers and the experts that stayed alone.
 
 Why it is honest
     The limit is the kernel's, not a promise: a memory cgroup where one can be made (page cache counts there too, and
@@ -16,6 +18,7 @@ Why it is honest
 
 Run
     python benchmarks/bigger_than_memory.py                      # needs 30 GB of disk; deletes what it wrote
+    python benchmarks/bigger_than_memory.py --method hc-smoe
     python benchmarks/bigger_than_memory.py --gigabytes 4 --memory 2
     python benchmarks/bigger_than_memory.py --quick              # a few MB; tests the script
 """
@@ -67,6 +70,43 @@ def shape_of(gigabytes: float) -> Shape:
     outer = 2 * replace(QWEN3_30B, layers=0).parameters()
     layer = 2 * replace(QWEN3_30B, layers=1).parameters() - outer
     return replace(QWEN3_30B, layers=max(1, math.ceil((gigabytes * 1e9 - outer) / layer)))
+
+
+def merged_problems(original: Path, output: Path, shape: Shape, keep: float) -> list[str]:
+    """What is wrong with a merged output: an expert map, one copy of the weights, everything else untouched."""
+    plan = {layer["index"]: layer for layer in json.loads((output / "plan.json").read_text())["layers"]}
+    config = json.loads((output / "config.json").read_text())
+    forms = config["quantization_config"]["layers"]
+    headers, before = read_headers(output), read_headers(original)
+    found, alone = [], 0
+    total = sum(len(layer["extra"]["clusters"]) for layer in plan.values())
+    if total != round(keep * shape.experts) * shape.layers:
+        found.append(
+            f"{total} experts in all, ordered were {round(keep * shape.experts)} in each of {shape.layers} layers"
+        )
+    for index, layer in plan.items():
+        clusters = list(layer["extra"]["clusters"].values())
+        at = f"model.layers.{index}."
+        stored = sum(name.startswith(f"{at}mlp.experts.") for name in headers) // 3
+        if stored != len(clusters):
+            found.append(f"layer {index} has {stored} experts for {len(clusters)} clusters")
+            continue
+        target = forms.get(str(index), {}).get("map", list(range(shape.experts)))
+        if any(target[member] != position for position, members in enumerate(clusters) for member in members):
+            found.append(f"the map of layer {index} is not that of its clusters")
+        same = [(f"{at}{name}", f"{at}{name}") for name in ("self_attn.q_proj.weight", "mlp.gate.weight")]
+        for position, members in enumerate(clusters):
+            if len(members) == 1 and alone < 4 * len(plan):
+                alone += 1
+                projections = ("gate_proj", "down_proj")
+                same += [
+                    (f"{at}mlp.experts.{position}.{p}.weight", f"{at}mlp.experts.{members[0]}.{p}.weight")
+                    for p in projections
+                ]
+        for new, old in same:
+            if read_raw(headers[new]) != read_raw(before[old]):
+                found.append(f"{new} differs from the original's {old}")
+    return found if alone else [*found, "no expert stayed alone: nothing could be compared"]
 
 
 def problems(original: Path, output: Path, shape: Shape, keep: float) -> list[str]:
@@ -148,6 +188,7 @@ def main(arguments: list[str]) -> int:
         default="auto",
         help="how to limit: a memory cgroup, RLIMIT_DATA or RLIMIT_AS (default: a cgroup if possible, else data)",
     )
+    parser.add_argument("--method", choices=("reap", "hc-smoe", "m-smoe", "sub-moe"), default="reap")
     parser.add_argument("--keep", type=float, default=0.5, help="share of experts kept (default 0.5)")
     parser.add_argument("--samples", type=int, default=8, help="sequences (default 8)")
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence (default 256)")
@@ -186,7 +227,7 @@ def main(arguments: list[str]) -> int:
         if command is None:
             raise SystemExit("no `coterie` command beside this Python or on PATH: nothing to measure")
         print("coterie:", versions(Path(sys.executable), ("coterie", "transformers", "torch", "safetensors")))
-        command += ["compress", str(model), str(output), "--method", "reap", "--keep", str(options.keep)]
+        command += ["compress", str(model), str(output), "--method", options.method, "--keep", str(options.keep)]
         command += ["--tokens", str(tokens), "--threads", str(options.threads), *options.coterie_options.split()]
         print(" ".join(command), "\n", flush=True)
 
@@ -203,7 +244,8 @@ def main(arguments: list[str]) -> int:
             wrong = [f"it ended with {run.returncode}" + (", killed for memory" if killed else "")]
             print(f"\nFAILED: {wrong[0]}\n{tail(run.log)}")
         else:
-            wrong = problems(model, output, shape, options.keep)
+            check = problems if options.method == "reap" else merged_problems
+            wrong = check(model, output, shape, options.keep)
             written = sum(f.stat().st_size for f in output.glob("*.safetensors"))
             for problem in wrong:
                 print(f"WRONG OUTPUT: {problem}")
@@ -219,7 +261,7 @@ def main(arguments: list[str]) -> int:
                 "shape": shape.config(),
                 "parameters": shape.parameters(),
                 "bytes": size,
-                "job": {**job, "keep": options.keep, "threads": options.threads},
+                "job": {**job, "method": options.method, "keep": options.keep, "threads": options.threads},
                 "limit": {"bytes": limit_bytes, "kind": limit.name},
                 "run": run.as_dict(),
                 "sweeps": sweeps,

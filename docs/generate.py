@@ -66,7 +66,7 @@ def methods_page() -> str:
 
     known = methods()
     body = [
-        "A method decides which experts stay and, if it merges, what becomes of the others. Use one with",
+        "A method decides which experts stay, which are merged, or what becomes of all of them. Use one with",
         "`coterie compress MODEL OUT --method NAME`, set its parameters with `--set parameter=value`.",
         "",
         *table(
@@ -106,9 +106,10 @@ def statistics_page() -> str:
         for observer in entry.cls().observes():
             readers.setdefault(observer.__name__, []).append(f"[{entry.name}](methods.md#{entry.name})")
     body = [
-        "What `coterie profile` can record about each MoE layer: by default all of it, with `--observe NAME` only what",
-        "is named, with `--method NAME` what that method reads. A statistic is an attribute of a layer of a profile:",
-        "`profile.layers[0].count_E`. [Understanding a model](understand.md) shows how to read them.",
+        "What `coterie profile` can record about each MoE layer: by default all that routed tokens show, with",
+        "`--observe NAME` only what is named, with `--method NAME` what that method reads. A statistic is an",
+        "attribute of a layer of a profile: `profile.layers[0].count_E`. [Understanding a model](understand.md) shows",
+        "how to read them.",
         "",
         "Shapes: D domains, E experts, H hidden, R ranks below the first, B bins. What single methods record besides",
         "is on their page. When two profiles of a model are merged, sums add up, of maxima the larger stays, and",
@@ -123,6 +124,8 @@ def statistics_page() -> str:
             sizes = ", ".join(field.rpartition("_")[2])  # names end in the letters of their shape
             rows.append([code(field), f"[{sizes}]", str(state[field].dtype).removeprefix("torch."), rule])
         cost = "Needs the experts' outputs." if cls.watches_outputs else "Needs the routing alone."
+        if cls.watches_all:
+            cost = "Runs every expert on every token, E / K times the usual work: recorded only where it is asked for."
         body += [f"## {name}", "", *_paragraphs(cls.__doc__ or ""), ""]
         body += [f"{cost} Read by: {', '.join(readers[name]) or 'no method'}.", ""]
         body += table(["statistic", "shape", "type", "merge"], rows)
