@@ -21,9 +21,10 @@ from inprocess import cli
 
 ROOT = Path(__file__).parent.parent
 GENERATED = ("methods", "statistics", "cli", "architectures", "reproductions")
-WRITTEN = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/shrink.md", "docs/specialise.md", "docs/understand.md")
+HANDS = ("shrink", "combine", "specialise", "understand")
+WRITTEN = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{name}.md" for name in HANDS))
 PAGES = (*WRITTEN, *(f"docs/{name}.md" for name in GENERATED), "benchmarks/README.md")
-FOLLOWED = ("README.md", "docs/shrink.md", "docs/specialise.md", "docs/understand.md")
+FOLLOWED = ("README.md", *(f"docs/{name}.md" for name in HANDS))
 VERBS = all_verbs(app)
 
 

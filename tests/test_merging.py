@@ -365,3 +365,16 @@ def test_an_edited_plan_whose_clusters_do_not_fit_is_refused(tmp_path, ids):
 def test_merging_works_on_every_family(family, tmp_path, ids):
     merge(saved(family, tmp_path), tmp_path / "out", ids, "m-smoe", keep=0.5)
     assert torch.isfinite(logits(tmp_path / "out")).all()
+
+
+def test_merged_experts_are_not_reported_as_dropped(tmp_path, ids):
+    from coterie.compression.forecast import redundancy
+
+    folder = saved("mixtral", tmp_path)
+    shares = []
+    for method in ("hc-smoe", "frequency"):
+        result = merge(folder, tmp_path / method, ids, method)
+        figures = redundancy(result.layers, {plan.index: plan for plan in result.plan.layers})
+        shares.append(figures["dropped_load"])
+    assert shares[0] == 0
+    assert shares[1] > 0

@@ -121,7 +121,8 @@ def redundancy(layers: Mapping[int, LayerProfile], plans: Mapping[int, LayerPlan
     loads, saliencies, dropped_loads, dropped_scores, matches = [], [], [], [], []
     for index, plan in plans.items():
         layer = layers.get(index)
-        drop = [e for e in range(plan.experts) if e not in set(plan.keep)]
+        gone = [e for e in range(plan.experts) if e not in set(plan.keep)]
+        drop = [] if "clusters" in plan.extra else gone  # merged experts are not dropped
         if layer is not None and "count_E" in layer.stats:
             share_E = layer.count_E.double() / layer.count_E.sum().clamp(min=1)
             loads.append(_concentration(share_E))
