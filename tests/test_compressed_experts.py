@@ -360,7 +360,7 @@ def test_small_steps_away_from_one_are_not_rounded_off(autocast):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         layer.experts.theta.add_(1e-4)
         *_, scale = layer.experts.stand_in(index, weights.to(torch.bfloat16))
-    torch.testing.assert_close(scale.up_TH, torch.full_like(scale.up_TH, 1.0001), atol=1e-6, rtol=0)
+    torch.testing.assert_close(scale.up_TH, torch.full(scale.up_TH.shape, 1.0001), atol=1e-6, rtol=0)
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -608,7 +608,7 @@ def counting(tmp_path_factory):
     return file
 
 
-@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("family", ["olmoe", "gpt-oss", "phimoe"])
 def test_fine_tuning_trains_weights_and_vectors_and_stores_vectors_in_float32(family, counting, tmp_path):
     _, out = made(family, tmp_path, vectors=False)
     done = coterie.finetune(str(out), str(tmp_path / "tuned"), tokens=str(counting), steps=6, **SHORT)
