@@ -511,6 +511,22 @@ def test_its_plan_can_be_carried_out(tmp_path):
     assert all(torch.equal(one[n], two[n]) for n in one)
 
 
+def test_a_recipe_may_prune_first_and_then_let_vectors_stand_in(tmp_path, ids):
+    source = saved("olmoe", tmp_path, **TOP_4)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "steps:\n"
+        "- {method: frequency, budget: {keep_experts: 6}}\n"
+        "- {method: compressed-experts, parameters: {auxiliary: 1}}\n"
+    )
+    done = cli("compress", source, tmp_path / "out", "--recipe", recipe, "--tokens", ids)
+    assert done.code == 0, done.err
+    layers = moe_layers(resident(tmp_path / "out"))
+    assert {(m.num_experts, m.top_k, m.active_experts, len(m.experts.theta)) for m in layers} == {(6, 4, 3, 6)}
+    steps = json.loads((tmp_path / "out/coterie.json").read_text())
+    assert [s["recipe"]["method"] for s in (*steps["earlier_steps"], steps)] == ["frequency", "compressed-experts"]
+
+
 # -- what cannot be ----------------------------------------------------------------------------------------------
 
 

@@ -125,7 +125,7 @@ def prepare(
             model, chosen, method, runtime, data, seed, text, budget, profile=profile, plan=plan, propagate=propagate
         )
     if ready_plan is None and not chosen.removes:
-        _refuse_budget(budget, data=data, profile=profile, propagate=propagate)
+        _refuse_budget(budget, profile=profile, propagate=propagate)
         budget = {"keep": 1.0}
     streamed = runtime.open(model)
     how_much = None if ready_plan else budget_of(streamed, **budget)
