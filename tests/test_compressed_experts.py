@@ -363,7 +363,7 @@ def test_small_steps_away_from_one_are_not_rounded_off(autocast):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         layer.experts.theta.add_(1e-4)
         *_, scale = layer.experts.stand_in(index, weights.to(torch.bfloat16))
-    torch.testing.assert_close(scale.up_TH, torch.full_like(scale.up_TH, 1.0001), atol=1e-6, rtol=0)
+    torch.testing.assert_close(scale.up_TH, torch.full(scale.up_TH.shape, 1.0001), atol=1e-6, rtol=0)
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -514,6 +514,22 @@ def test_its_plan_can_be_carried_out(tmp_path):
     assert all(torch.equal(one[n], two[n]) for n in one)
 
 
+def test_a_recipe_may_prune_first_and_then_let_vectors_stand_in(tmp_path, ids):
+    source = saved("olmoe", tmp_path, **TOP_4)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "steps:\n"
+        "- {method: frequency, budget: {keep_experts: 6}}\n"
+        "- {method: compressed-experts, parameters: {auxiliary: 1}}\n"
+    )
+    done = cli("compress", source, tmp_path / "out", "--recipe", recipe, "--tokens", ids)
+    assert done.code == 0, done.err
+    layers = moe_layers(resident(tmp_path / "out"))
+    assert {(m.num_experts, m.top_k, m.active_experts, len(m.experts.theta)) for m in layers} == {(6, 4, 3, 6)}
+    steps = json.loads((tmp_path / "out/coterie.json").read_text())
+    assert [s["recipe"]["method"] for s in (*steps["earlier_steps"], steps)] == ["frequency", "compressed-experts"]
+
+
 # -- what cannot be ----------------------------------------------------------------------------------------------
 
 
@@ -611,7 +627,7 @@ def counting(tmp_path_factory):
     return file
 
 
-@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("family", ["olmoe", "gpt-oss", "phimoe"])
 def test_fine_tuning_trains_weights_and_vectors_and_stores_vectors_in_float32(family, counting, tmp_path):
     _, out = made(family, tmp_path, vectors=False)
     done = coterie.finetune(str(out), str(tmp_path / "tuned"), tokens=str(counting), steps=6, **SHORT)
