@@ -43,10 +43,10 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 ALIGNED, UNALIGNED = "permuted model: M-SMoE", "permuted model: no alignment"
 RULE = (
     "differences are paired by seed and after recovery; reproduced if M-SMoE is below pruning with redirection and"
-    " below random groups, and without alignment the permuted model is above M-SMoE on it, each by more than two standard"
-    " errors, and no variant (uniform weights, no alignment, uniform ratio) is below M-SMoE by more than two standard"
-    " errors; not reproduced if pruning with redirection or random groups are below M-SMoE by more than two standard"
-    " errors; inconclusive otherwise"
+    " below random groups, and without alignment the permuted model is above M-SMoE on it, each by more than two"
+    " standard errors, and no variant (uniform weights, no alignment, uniform ratio) is below M-SMoE by more than two"
+    " standard errors; not reproduced if pruning with redirection or random groups are below M-SMoE by more than two"
+    " standard errors; inconclusive otherwise"
 )
 
 
