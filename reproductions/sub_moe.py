@@ -172,7 +172,7 @@ def main() -> None:
     for name, values in bench.losses.items():
         difference = against(values, bench.losses[bases[name]])
         word = "" if name == bases[name] else told(difference)
-        size = mean_and_spread(bench.largest.get(name, [0]))[0]
+        size = float(mean_and_spread(bench.largest.get(name, [0]))[0])
         row = (name, mean_and_spread(values)[0], bases[name], *difference, word, size or "")
         result.rows.append(dict(zip(result.columns, row, strict=True)))
     words = {r["contender"]: r["is"] for r in result.rows}
