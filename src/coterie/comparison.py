@@ -295,7 +295,7 @@ def _run(
                 run = number // count
                 if run != present:
                     stack.close()  # the layer is as it was
-                    stack.enter_context(_as(moe, methods[run - 1], layers[run - 1][moe.index], stored))
+                    stack.enter_context(as_planned(moe, methods[run - 1], layers[run - 1][moe.index], stored))
                     present = run
 
             step.run(before=switch)
@@ -308,7 +308,7 @@ def _router_names(streamed: StreamedModel, moe: MoELayer) -> list[str]:
 
 
 @contextmanager
-def _as(moe: MoELayer, method: Method, plan: LayerPlan, stored: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def as_planned(moe: MoELayer, method: Method, plan: LayerPlan, stored: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Let a layer be, for a while, what a plan makes of it."""
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     if method.rebuilds or method.ranks(moe):
