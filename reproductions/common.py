@@ -91,6 +91,32 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def against(values: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    """Mean difference to `base`, paired by seed, and its standard error."""
+    mean, spread = mean_and_spread([v - b for v, b in zip(values, base, strict=True)])
+    return mean, spread / len(values) ** 0.5
+
+
+def told(difference: tuple[float, float]) -> str:
+    """A difference of losses in words: below or above by more than two standard errors, or neither."""
+    mean, error = difference
+    return "below" if mean < -2 * error else "above" if mean > 2 * error else "within two standard errors"
+
+
+def setting(given: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """What a reader must know of a run, without any path of this machine."""
+    return {
+        "model": "the pocket model" if given.model is None else "a trained Qwen3-MoE, 11 M parameters",
+        "text": "the demo texts"
+        if given.calibration is None
+        else "encyclopaedia, reviews, arithmetic, news, Spanish, Dutch, Python",
+        "calibration windows per domain": given.samples,
+        "evaluation windows per domain": given.evaluate,
+        "tokens per window": given.length,
+        **more,
+    }
+
+
 def resident(model: str) -> Any:
     """A checkpoint whole in memory in float32, with experts that masks can be tried on (`narrowed_losses`)."""
     from coterie import api

@@ -307,7 +307,7 @@ def _run(
                 run = number // count
                 if run != present:
                     stack.close()  # the layer is as it was
-                    stack.enter_context(_as(moe, methods[run - 1], layers[run - 1][moe.index], stored))
+                    stack.enter_context(as_planned(moe, methods[run - 1], layers[run - 1][moe.index], stored))
                     present = run
 
             step.run(before=switch)
@@ -320,8 +320,12 @@ def _router_names(streamed: StreamedModel, moe: MoELayer) -> list[str]:
 
 
 @contextmanager
-def _as(moe: MoELayer, method: Method, plan: LayerPlan, stored: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let a layer be, for a while, what a plan makes of it."""
+def as_planned(moe: MoELayer, method: Method, plan: LayerPlan, stored: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Let a layer be, for a while, what a plan makes of it: experts recombined, cut away or shared.
+
+    stored : the layer's router tensors by model name, as stored; only methods that make router rows ask for them.
+    Memory: a copy of the layer's experts where weights change. Afterwards the layer is as it was.
+    """
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     if method.rebuilds or method.ranks(moe):
         saved = [(p.data, p.detach().clone()) for p in moe.experts.parameters(recurse=False)]
