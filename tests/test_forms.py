@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 import coterie
 from coterie.anatomy import moe_layers
 from coterie.anatomy.forms import Form, apply_forms, form_of
-from coterie.errors import CheckpointError
+from coterie.errors import CheckpointError, ModelError, UsageError
 from coterie.experts import factored, mapped
 from coterie.streaming.checkpoint import Checkpoint
 from coterie.streaming.model import StreamedModel
@@ -259,3 +259,29 @@ def test_a_header_that_names_no_layers_of_the_model_is_refused(layers, tmp_path,
     edit_json(tmp_path / "out" / "config.json", lambda c: c["quantization_config"].update(layers=layers))
     with pytest.raises(CheckpointError, match=r"config\.json"):
         StreamedModel(Checkpoint.open(str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("router", ["map", "reduced"])
+def test_what_cannot_work_on_special_experts_says_so(router, tmp_path, ids):
+    folder = saved("mixtral", tmp_path)
+    coterie.compress(str(folder), str(tmp_path / "merged"), tokens=ids, parameters={"router": router}, **MERGED)
+    coterie.compress(str(tmp_path / "merged"), str(tmp_path / "low"), method="low-rank", parameters={"rank": 8})
+    for words in (
+        ("compress", tmp_path / "low", tmp_path / "no", "--method", "wanda", "--set", "sparsity=0.5", "--tokens", ids),
+        ("compress", tmp_path / "low", tmp_path / "no", "--method", "slimmoe", "--set", "width=0.5", "--tokens", ids),
+        ("compress", tmp_path / "low", tmp_path / "no", "--method", "compressed-experts"),
+        ("export", tmp_path / "low", tmp_path / "no", "--pad"),
+    ):
+        done = cli(*words)
+        assert done.code == 2, (words, done.out + done.err)
+        assert "Traceback" not in done.err
+        assert "factor" in done.err
+    with pytest.raises(ModelError, match="no pattern can choose"):
+        coterie.load(str(tmp_path / "low"), pattern={0: [0, 1], 1: [0, 1], 2: [0, 1]}, keep_experts=2)
+
+
+def test_a_plan_that_merges_is_no_pattern(tmp_path, ids):
+    folder = saved("mixtral", tmp_path)
+    plan = coterie.compress(str(folder), str(tmp_path / "out"), tokens=ids, **MERGED).plan
+    with pytest.raises(UsageError, match="recombines experts"):
+        coterie.load(str(folder), pattern=plan)

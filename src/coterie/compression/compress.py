@@ -11,8 +11,6 @@ A killed run, started again, goes on after the last whole layer and ends with th
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,9 +31,10 @@ from coterie.compression.planning import (
     layer_plan_of,
     plan_layers,
 )
+from coterie.compression.records import earlier_steps, record_of, versions
 from coterie.compression.selector import Budget, check_protect
 from coterie.compression.sizes import Size, measure, measure_written
-from coterie.errors import CheckpointError, UsageError
+from coterie.errors import UsageError
 from coterie.profiling.observe import LayerObservation, unique
 from coterie.profiling.observers import MeanOutput, Observer, SelectionCount
 from coterie.profiling.profile import LayerProfile, Profile, load_layers, save_layers
@@ -156,7 +155,7 @@ class _Run:
         self.budget, self.data, self.profile, self.given = budget, data, profile, plan
         self.propagate, self.shard_bytes, self.seed = propagate, shard_bytes, seed
         self.digest = streamed.checkpoint.digest()
-        self.earlier = earlier_steps(streamed.checkpoint.folder)
+        earlier_steps(streamed.checkpoint.folder)  # damaged records are found before hours of work
         self.counts: dict[int, int] | None = None  # known beforehand under a uniform budget
         self.before = measure(streamed)
         check_editable(streamed, method)
@@ -422,52 +421,19 @@ class _Run:
         return self.data.digest if self.data is not None and self.needs_data else ""
 
     def _record(self, plan: Plan, after: Size) -> dict[str, Any]:
-        data = self.data if self.needs_data else None
-        recipe = {
-            "model": self.model,
-            "method": self.name,
-            "parameters": self.method.model_dump(mode="json"),
-            "budget": plan.budget,
-            "propagate": self.propagate,
-            "data": data.sources if data else [],
-            "samples": data.samples if data else 0,
-            "length": data.length if data else 0,
-            "seed": self.seed,
-        }
-        domains = data.domains if data else (self.profile.domains if self.profile else [])
-        return {
-            "recipe": recipe,
-            "plan_digest": plan.digest(),
-            "model_digest": self.digest,
-            "data_digest": plan.data_digest,
-            "domains": domains,
-            "tokens": data.tokens if data else {},
-            "compute_dtype": str(self.streamed.compute_dtype).removeprefix("torch."),
-            "sweeps": self.sweeps,
-            "forms": self.output.special,
-            "before": self.before.describe(),
-            "after": after.describe(),
-            "figures": {str(index): values for index, values in sorted(self.figures.items()) if values},
-            "notes": [*self.output.notes, *self.method.notes()],
-            "versions": versions(),
-            **({"earlier_steps": self.earlier} if self.earlier else {}),
-        }
-
-
-def earlier_steps(folder: Path) -> list[dict[str, Any]]:
-    """The records of what Coterie has already done to the checkpoint in `folder`, oldest first; [] for none."""
-    try:
-        record = json.loads((folder / "coterie.json").read_text(encoding="utf-8"))
-        before = record.pop("earlier_steps", [])
-        return [*before, record] if all(isinstance(step, dict) for step in before) else []
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{folder / 'coterie.json'} is damaged: {error}", "Delete it if it is not wanted."
-        ) from error
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the result."""
-    return {name: importlib.metadata.version(name) for name in ("coterie", "torch", "transformers", "safetensors")}
+        more = {"domains": self.profile.domains} if self.profile and not self.needs_data else {}
+        return record_of(
+            plan,
+            self.streamed,
+            data=self.data if self.needs_data else None,
+            seed=self.seed,
+            before=self.before,
+            after=after,
+            figures=self.figures,
+            notes=[*self.output.notes, *self.method.notes()],
+            sweeps=self.sweeps,
+            propagate=self.propagate,
+            budget=plan.budget,
+            forms=self.output.special,
+            **more,
+        )

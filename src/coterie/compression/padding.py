@@ -26,8 +26,8 @@ from torch import Tensor
 
 from coterie.anatomy import MoELayer, narrowed, slice_names
 from coterie.anatomy.counts import with_expert_counts
+from coterie.anatomy.forms import form_of
 from coterie.errors import ModelError, UsageError
-from coterie.experts.compressed import is_compressed
 from coterie.experts.forward import rerouted
 from coterie.profiling.observe import LayerObservation
 from coterie.profiling.observers import LayerShape, Observer, Routing
@@ -113,9 +113,11 @@ def pad(
     Raises UsageError if all layers are the same already, or if text is needed and missing. Peak memory: two copies of
     the largest MoE layer.
     """
-    if any(is_compressed(layer.experts) for layer in streamed.moe.values()):
+    if any(form_of(layer).describe() for layer in streamed.moe.values()):
         raise UsageError(
-            f"the experts of {model} are compressed experts, which only Coterie can run: nothing to pad them for"
+            f"the experts of {model} are shared, factored or compressed, which only Coterie can run: nothing to pad"
+            " them for",
+            "Merge again with --set router=reduced or router=duplicated for a plain checkpoint.",
         )
     counts = {index: layer.num_experts for index, layer in streamed.moe.items()}
     most = max(counts.values())

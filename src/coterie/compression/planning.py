@@ -82,7 +82,8 @@ def check_editable(streamed: StreamedModel, method: Method) -> None:
         )
     method.check_model(streamed.moe)
     factored = [index for index, layer in streamed.moe.items() if layer.bank.factored]
-    if factored and (method.rebuilds or any(method.ranks(layer) for layer in streamed.moe.values())):
+    edits = method.rebuilds or isinstance(method, OwnJob)
+    if factored and (edits or any(method.ranks(layer) for layer in streamed.moe.values())):
         raise UsageError(
             f"the experts of layer {factored[0]} are stored as low-rank factors, and this method edits matrices",
             "Apply it before the experts are factored.",

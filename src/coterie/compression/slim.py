@@ -32,9 +32,10 @@ from coterie.anatomy.heads import head_groups
 from coterie.anatomy.resizing import resized
 from coterie.anatomy.widths import Units, neurons
 from coterie.compression.apply import model_card
-from coterie.compression.compress import Result, earlier_steps, versions
+from coterie.compression.compress import Result
 from coterie.compression.forecast import Forecast, forecast
 from coterie.compression.plan import LayerPlan, Plan
+from coterie.compression.records import earlier_steps, record_of, versions
 from coterie.compression.rewrite import Rewrite
 from coterie.compression.sizes import Size, measure
 from coterie.compression.slimming.slimmoe import SlimMoE
@@ -135,7 +136,7 @@ class _Run:
         self.teacher = teacher if teacher is not None and teacher.checkpoint.digest() != self.digest else None
         if self.teacher is not None:
             _check_vocabularies(streamed, self.teacher)
-        self.earlier = earlier_steps(streamed.checkpoint.folder)
+        earlier_steps(streamed.checkpoint.folder)  # damaged records are found before hours of work
         self.notes: list[str] = []
         self.width = self._width()
         self.neurons = method.neurons_of(self.width)
@@ -450,41 +451,27 @@ class _Run:
         if unseen:
             notes.append(f"{unseen} experts received no calibration token; their neurons were judged by their weights")
         budget = {name: value for name, value in plan.budget.items() if name != "kept_kv_heads"}
-        record = {
-            "recipe": {
-                "model": self.model,
-                "method": self.name,
-                "parameters": self.method.model_dump(mode="json", exclude_none=True),
-                "budget": {},
-                "propagate": False,
-                "data": data.sources if data else [],
-                "samples": data.samples if data else 0,
-                "length": data.length if data else 0,
-                "seed": self.seed,
-            },
-            "plan_digest": plan.digest(),
-            "model_digest": self.digest,
-            "data_digest": plan.data_digest,
-            "domains": data.domains if data else [],
-            "tokens": data.tokens if data else {},
-            "compute_dtype": str(self.streamed.compute_dtype).removeprefix("torch."),
-            "sweeps": self.sweeps,
-            "before": self.before.describe(),
-            "after": after.describe(),
-            "slimming": {
-                **budget,
-                "config": self.fields,
-                "teacher": self.teacher.checkpoint.digest() if self.teacher is not None else self.digest,
-                **{name: value for name, value in self.told.items() if name != "warnings"},
-            },
-            "figures": {str(index): line["figures"] for index, line in sorted(self.lines.items())},
-            "forms": any(form_of(moe).describe() for moe in self.streamed.moe.values()),
-            "notes": notes,
-            "versions": versions(),
+        slimming = {
+            **budget,
+            "config": self.fields,
+            "teacher": self.teacher.checkpoint.digest() if self.teacher is not None else self.digest,
+            **{name: value for name, value in self.told.items() if name != "warnings"},
         }
         if self.method.criterion != "kd_top8":
-            del record["slimming"]["teacher"]  # type: ignore[attr-defined]
-        return record | ({"earlier_steps": self.earlier} if self.earlier else {})
+            del slimming["teacher"]
+        return record_of(
+            plan,
+            self.streamed,
+            data=data,
+            seed=self.seed,
+            before=self.before,
+            after=after,
+            figures={index: line["figures"] for index, line in self.lines.items()},
+            notes=notes,
+            sweeps=self.sweeps,
+            slimming=slimming,
+            forms=any(form_of(moe).describe() for moe in self.streamed.moe.values()),
+        )
 
     def _finish(self, plan: Plan, record: dict[str, Any]) -> list[str]:
         """Write what is not weights; returns the names of all files."""

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from coterie.compression.apply import Output
-from coterie.compression.compress import Result, earlier_steps, versions
+from coterie.compression.compress import Result
 from coterie.compression.forecast import Forecast, forecast
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.planning import check_editable
-from coterie.compression.sizes import measure, router_parameters_per_expert
+from coterie.compression.records import earlier_steps, record_of, versions
+from coterie.compression.sizes import Size, measure, router_parameters_per_expert
 from coterie.compression.sparsifying.base import Sparsifier
 from coterie.compression.sparsifying.owl import Owl
 from coterie.errors import ModelError, UsageError
@@ -327,7 +328,7 @@ class _Run:
             self.output.writer.sync()
             plan = self._plan()
             after = replace(self.before, bytes=self.output.writer.total_size)
-            record = self._record(plan, after.describe())
+            record = self._record(plan, after)
             names = self.output.finish(plan, record)
         finally:
             self.output.writer.close()
@@ -507,7 +508,7 @@ class _Run:
             **_mean_kurtosis(self.figures),
         }
 
-    def _record(self, plan: Plan, after: Mapping[str, int]) -> dict[str, Any]:
+    def _record(self, plan: Plan, after: Size) -> dict[str, Any]:
         data, summary = self.data, self._summary()
         notes = list(self.output.notes)
         if summary["unreached_experts"]:
@@ -516,33 +517,19 @@ class _Run:
             )
         if summary["unreached_linears"]:
             notes.append(f"{summary['unreached_linears']} linear layers were never called and were pruned by magnitude")
-        record = {
-            "recipe": {
-                "model": self.model,
-                "method": self.name,
-                "parameters": self.method.model_dump(mode="json"),
-                "budget": {},
-                "propagate": True,
-                "data": data.sources if data else [],
-                "samples": data.samples if data else 0,
-                "length": data.length if data else 0,
-                "seed": self.seed,
-            },
-            "plan_digest": plan.digest(),
-            "model_digest": self.digest,
-            "data_digest": plan.data_digest,
-            "domains": data.domains if data else [],
-            "tokens": data.tokens if data else {},
-            "compute_dtype": str(self.streamed.compute_dtype).removeprefix("torch."),
-            "sweeps": self.sweeps,
-            "before": self.before.describe(),
-            "after": dict(after),
-            "sparsity": summary,
-            "figures": {str(index): values for index, values in sorted(self.figures.items())},
-            "notes": notes,
-            "versions": versions(),
-        }
-        return record | ({"earlier_steps": self.earlier} if self.earlier else {})
+        return record_of(
+            plan,
+            self.streamed,
+            data=data,
+            seed=self.seed,
+            before=self.before,
+            after=after,
+            figures=self.figures,
+            notes=notes,
+            sweeps=self.sweeps,
+            propagate=True,
+            sparsity=summary,
+        )
 
 
 def _matrix(weight: Tensor, site: Site, expert: int) -> Tensor:

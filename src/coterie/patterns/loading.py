@@ -27,9 +27,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from coterie.anatomy import MoELayer, check_keep, moe_layers, select, slice_names
 from coterie.anatomy.architectures import COUNT_FIELDS
+from coterie.anatomy.forms import form_of
 from coterie.anatomy.layers import refuse_unsliceable
 from coterie.compression.plan import Plan
-from coterie.compression.planning import check_plan
+from coterie.compression.planning import check_plan, plan_method
 from coterie.compression.selector import Budget, counts_for
 from coterie.errors import CheckpointError, ModelError, UsageError
 from coterie.patterns.retrieval import Match, match, nearest, text_key
@@ -106,6 +107,11 @@ def load_pattern(
     store = loaded if isinstance(loaded, PatternStore) else None
     source = StreamedModel(Checkpoint.open(folder), device=device, allow_nonfinite=allow_nonfinite)
     refuse_unsliceable(source.model)
+    if any(form_of(layer).describe() for layer in source.moe.values()):
+        raise ModelError(
+            f"{folder.name} holds shared, factored or compressed experts: no pattern can choose among them",
+            "Load patterns of the checkpoint it was made from.",
+        )
     found: Match | None = None
     names = ""
     if store is None:
@@ -266,6 +272,11 @@ def _order_keeps(
     """Experts of a given order, or of the front of it where a budget asks for fewer. Raises UsageError, ModelError."""
     if isinstance(order, Plan):
         check_plan(order, source, source.checkpoint.digest())
+        if plan_method(order).rebuilds:
+            raise UsageError(
+                f"the plan was made by {order.method}, which recombines experts: choosing among them is not enough",
+                "Carry it out with `coterie compress --plan` and load the result.",
+            )
         order = {layer.index: layer.keep for layer in order.layers}
     assert isinstance(order, Mapping)
     if sorted(order) != sorted(layers):

@@ -24,11 +24,12 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from coterie.anatomy import MoELayer, moe_layers
 from coterie.anatomy.forms import projection_shapes
 from coterie.compression.apply import Output, is_matrix
-from coterie.compression.compress import Result, earlier_steps, versions
+from coterie.compression.compress import Result
 from coterie.compression.factorizing.mc_smoe import McSmoe, staying
 from coterie.compression.forecast import Forecast, forecast
 from coterie.compression.merging.operators import MATRIX, factorise, stable_rank
 from coterie.compression.plan import LayerPlan, Plan
+from coterie.compression.records import record_of, versions
 from coterie.compression.sizes import measure, measure_written
 from coterie.errors import UsageError
 from coterie.experts import factored
@@ -111,28 +112,42 @@ def factorize(
         shares = drop_rows(student, method.rows)
         for index, found in figures.items():
             found |= shares[index]
-        record = {
-            "recipe": {
-                "model": model,
-                "method": name,
-                "parameters": method.model_dump(mode="json"),
-                "budget": {},
-                "data": data.sources,
-                "samples": data.samples,
-                "length": data.length,
-                "seed": seed,
-            },
-            "model_digest": digest,
-            "teacher_digest": guide.checkpoint.digest(),
-            "data_digest": data.digest,
-            "domains": data.domains,
-            "tokens": data.tokens,
-            "training": {**asdict(options), "seconds": round(done.seconds, 3)},
-            "forms": True,
-            "figures": {str(index): found for index, found in figures.items()},
-            "notes": method.notes(),
-        }
-        return _write(streamed, student, work, method, name, model, before, record, figures, shard_bytes)
+        plan = Plan(
+            model=model,
+            model_digest=digest,
+            method=name,
+            parameters=method.model_dump(mode="json"),
+            data_digest=data.digest,
+            layers=[
+                LayerPlan(index=i, name=layer.name, experts=layer.num_experts, keep=list(range(layer.num_experts)))
+                for i, layer in streamed.moe.items()
+            ],
+        )
+        output = TrainedOutput(streamed, work.folder, method, learned_tensors(student), shard_bytes)
+        counts = {index: layer.num_experts for index, layer in streamed.moe.items()}
+        after = measure_written(streamed, output.specs, output.fresh_of, counts)
+        try:
+            output.write_all()
+            record = record_of(
+                plan,
+                streamed,
+                data=data,
+                seed=seed,
+                before=before,
+                after=after,
+                figures=figures,
+                notes=method.notes(),
+                sweeps=1,
+                forms=True,
+                teacher_digest=guide.checkpoint.digest(),
+                training={**asdict(options), "seconds": round(done.seconds, 3)},
+            )
+            names = output.finish(plan, record)
+        finally:
+            output.writer.close()
+        read, written = streamed.checkpoint.bytes_read, output.writer.bytes_written
+        work.publish(names)
+    return Result(work.out, plan, before, after, 1, read, written, work.resumed, record, figures)
 
 
 def factorize_forecast(
@@ -302,6 +317,13 @@ class TrainedOutput(Output):
             names = factored.projections(layer.experts)
             self.rows[index] = {p: len(trained[f"{layer.experts_name}.sparse_{p}"]) for p in names}
 
+    def write_all(self) -> None:
+        """Write what learned, and copy the rest."""
+        for fresh in self.fresh.values():
+            self.write({name: self.trained[name].cpu().to(meta.dtype) for name, meta in fresh.items()})
+        self.copy_rest(self.through)
+        self.writer.sync()
+
     def _replaced(self, streamed: StreamedModel) -> tuple[dict[int, set[str]], dict[int, dict[str, Tensor]]]:
         gone: dict[int, set[str]] = {}
         fresh: dict[int, dict[str, Tensor]] = {}
@@ -322,6 +344,13 @@ class TrainedOutput(Output):
         return gone, fresh
 
 
+def learned_tensors(student: nn.Module) -> dict[str, Tensor]:
+    """Everything that learned, and where the rows that stayed belong, by name."""
+    names = learning(student)
+    found = {name: p.detach() for name, p in student.named_parameters(remove_duplicate=False) if name in names}
+    return found | {name: b for name, b in student.named_buffers() if ".sparse_" in name and name.endswith("_row")}
+
+
 def layer_of(streamed: StreamedModel, name: str) -> int:
     """The decoder layer a parameter belongs to; -1 for what surrounds them."""
     below = name.removeprefix(f"{streamed.prefix}.")
@@ -332,50 +361,3 @@ def new_names(layer: MoELayer, trained: Mapping[str, Tensor]) -> list[str]:
     """Names of a layer's factors and rows."""
     at = (f"{layer.experts_name}.factor_", f"{layer.experts_name}.sparse_")
     return [name for name in trained if name.startswith(at)]
-
-
-def _write(
-    streamed: StreamedModel,
-    student: nn.Module,
-    work: Workspace,
-    method: McSmoe,
-    name: str,
-    model: str,
-    before: Any,
-    record: dict[str, Any],
-    figures: dict[int, dict[str, float]],
-    shard_bytes: int,
-) -> Result:
-    learned = learning(student)
-    trained = {n: p.detach() for n, p in student.named_parameters(remove_duplicate=False) if n in learned}
-    trained |= {n: b for n, b in student.named_buffers() if n.endswith("_row") and ".sparse_" in n}
-    output = TrainedOutput(streamed, work.folder, method, trained, shard_bytes)
-    counts = {index: layer.num_experts for index, layer in streamed.moe.items()}
-    after = measure_written(streamed, output.specs, output.fresh_of, counts)
-    try:
-        for index, fresh in output.fresh.items():
-            output.write({n: trained[n].cpu().to(meta.dtype) for n, meta in fresh.items()})
-            del index
-        output.copy_rest(output.through)
-        output.writer.sync()
-        plan = Plan(
-            model=model,
-            model_digest=record["model_digest"],
-            method=name,
-            parameters=method.model_dump(mode="json"),
-            data_digest=record["data_digest"],
-            layers=[
-                LayerPlan(index=i, name=layer.name, experts=layer.num_experts, keep=list(range(layer.num_experts)))
-                for i, layer in streamed.moe.items()
-            ],
-        )
-        record |= {"plan_digest": plan.digest(), "before": before.describe(), "after": after.describe()}
-        record |= {"versions": versions()}
-        if earlier := earlier_steps(streamed.checkpoint.folder):
-            record["earlier_steps"] = earlier
-        names = output.finish(plan, record)
-    finally:
-        output.writer.close()
-    read, written = streamed.checkpoint.bytes_read, output.writer.bytes_written
-    work.publish(names)
-    return Result(work.out, plan, before, after, 1, read, written, work.resumed, record, figures)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from coterie.anatomy import decoder_layers, moe_layers
-from coterie.compression.compress import earlier_steps
+from coterie.compression.records import earlier_steps
 from coterie.compression.sizes import measure
 from coterie.errors import ModelError, UsageError
 from coterie.streaming.config import one_line
