@@ -1016,11 +1016,13 @@ def test_options_that_contradict_a_recipe_are_refused(qwen, profiled, text, tmp_
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("steps: [{method: reap, budget: {keep: 0.5}}]")
     given = [
-        ("--keep", 0.5), ("--method", "dern"), ("--profile", profiled), ("--data", text), ("--samples", 5),
+        ("--keep", 0.5), ("--method", "dern"), ("--profile", profiled), ("--samples", 5),
         ("--set", "renormalise=false"), ("--protect", "0:1"), ("--propagate",),
     ]  # fmt: skip
     for options in given:
         compress_refused(qwen, "--recipe", recipe, *options, says=["--recipe", options[0]])
+    recipe.write_text(f"data: [{text}]\nsteps: [{{method: reap, budget: {{keep: 0.5}}}}]")
+    compress_refused(qwen, "--recipe", recipe, "--data", text, says=["names its text already", "--data"])
 
 
 def test_two_sources_of_calibration_are_refused(qwen, profiled, text, tokens):

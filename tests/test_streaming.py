@@ -25,13 +25,30 @@ def streamed_logits(folder, batches, states=None, compute_dtype="float32", again
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 def test_streamed_logits_equal_resident_logits_bit_by_bit(family, stored, tmp_path):
     folder = saved(family, tmp_path, stored)
-    model = resident(folder)
+    model = resident(folder).requires_grad_(False)  # torch multiplies weights that learn in another way
     ids = [tokens(2, 17), tokens(2, 24, seed=1), tokens(1, 9, seed=2)]
     with torch.no_grad():
         expected = [model(i, use_cache=False).logits for i in ids]
     found = streamed_logits(folder, [Batch(i) for i in ids])
-    for one, two in zip(found, expected, strict=True):
-        assert torch.equal(one, two)
+    for one, two, batch in zip(found, expected, ids, strict=True):
+        if not torch.equal(one, two):
+            assert rounds_by_address(model, batch), "the same weights at the same addresses gave other logits"
+            torch.testing.assert_close(one, two, atol=5e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def rounds_by_address(model, ids):
+    """Does the resident model itself give other last bits when its weights lie elsewhere? So do some BLAS builds on
+    some CPUs, for some shapes: there, equal bits cannot be asked of a model that is loaded in another way."""
+    first = model(ids, use_cache=False).logits
+    for shift in (16, 32, 48):  # float32 numbers behind an address that is a multiple of 256 bytes
+        for parameter in model.parameters():
+            buffer = torch.empty(parameter.numel() + 128, dtype=parameter.dtype)
+            start = -(buffer.data_ptr() // parameter.element_size()) % 64 + shift
+            parameter.data = buffer[start : start + parameter.numel()].view_as(parameter).copy_(parameter)
+        if not torch.equal(model(ids, use_cache=False).logits, first):
+            return True
+    return False
 
 
 @pytest.mark.parametrize("family", FEW)
