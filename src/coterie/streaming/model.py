@@ -290,6 +290,8 @@ class StreamedModel:
             self.retained[param] = self.model.get_parameter_or_buffer(param).detach()
         for owner in {param.rpartition(".")[0] for param in named}:
             self._to_compute_dtype(self.model.get_submodule(owner))
+        for param in named:  # torch multiplies weights that learn in another way, also where no gradient is taken
+            self.model.get_parameter_or_buffer(param).requires_grad_(False)
 
     def _load_fused(self, param: str) -> None:
         """Read a fused parameter expert by expert, into the memory the same parameter of another layer has left."""
