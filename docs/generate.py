@@ -300,7 +300,11 @@ def reproductions_page(folder: Path = RESULTS) -> str:
     body = [
         "A reproduction runs a paper's method and its baseline on the same data and seeds. Its rule for a verdict is",
         "written in the script before the run; the verdict is computed from the numbers. They come from small models:",
-        "they test a claim in kind, not its published size.",
+        "they test a claim in kind, not its published size. Two standard errors over three seeds are a weak test, and",
+        "no correction is made for the number of comparisons.",
+        "",
+        "Where a claim was recorded twice, the second run is on other and more text, not on another model: the trained",
+        "Qwen3-MoE with 11 M parameters that it names has the weights of the pocket model.",
         "",
     ]
     if not results:

@@ -89,11 +89,12 @@ def test_uncurl_recovers_through_its_two_phases(ids, tmp_path):
     assert done.losses["all"] < done.losses["before"]
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(ids, tmp_path, monkeypatch):
+@pytest.mark.parametrize("router_steps", [10, 0])
+def test_a_killed_run_goes_on_and_ends_the_same(router_steps, ids, tmp_path, monkeypatch):
     from coterie.training import finetune as module
 
     source = saved("qwen3-moe", tmp_path)
-    options = {"tokens": str(ids), "router_steps": 10, "steps": 30, **SHORT}
+    options = {"tokens": str(ids), "router_steps": router_steps, "steps": 30, **SHORT}
     whole = coterie.finetune(str(source), str(tmp_path / "whole"), **options)
     seen: list[tuple[str, int]] = []
     original = module.finetune

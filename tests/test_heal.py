@@ -435,17 +435,17 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_the_same(teacher, stu
     process.join()
     assert not out.exists()
     first: list[int] = []
-    original = heal_module._Kept.on_save
+    original = heal_module.Kept.on_save
 
     def told(self, args, state, control, **kwargs):
         first.append(state.global_step)
         original(self, args, state, control, **kwargs)
 
-    heal_module._Kept.on_save = told
+    heal_module.Kept.on_save = told
     try:
         coterie.heal(student, str(out), teacher=teacher, tokens=ids, **LONG)
     finally:
-        heal_module._Kept.on_save = original
+        heal_module.Kept.on_save = original
     assert first
     assert first[0] > 10
     assert changed(tmp_path / "whole", out) == set()
@@ -559,7 +559,7 @@ def test_a_recipe_prunes_and_heals_in_turn_with_the_first_model_as_teacher(teach
 
 def test_a_recipe_killed_while_healing_goes_on_inside_that_step(teacher, ids, tmp_path, monkeypatch):
     file = recipe(tmp_path, RECIPE.replace("steps: 20", "steps: 40"))
-    original, seen = heal_module._Kept.on_save, []
+    original, seen = heal_module.Kept.on_save, []
 
     def dying(self, args, state, control, **kwargs):
         original(self, args, state, control, **kwargs)
@@ -567,7 +567,7 @@ def test_a_recipe_killed_while_healing_goes_on_inside_that_step(teacher, ids, tm
         if seen[-1] == (40, 20) and len(seen) < 6:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(heal_module._Kept, "on_save", dying)
+    monkeypatch.setattr(heal_module.Kept, "on_save", dying)
     assert cli("compress", teacher, tmp_path / "out", "--recipe", file, "--tokens", ids).code == 130
     assert (tmp_path / "out.step3").is_dir()
     seen[:] = [(0, 0)] * 6

@@ -22,6 +22,7 @@ from coterie.streaming.model import StreamedModel
 from coterie.streaming.writer import write_json
 from coterie.text import TokenData
 from coterie.training.trainer import (
+    Kept,
     OnLog,
     PlainTrainer,
     Rows,
@@ -135,9 +136,9 @@ def finetune(
                 device=device,
                 seed=seed,
             )
-            trainer = PlainTrainer(
-                model, arguments, Rows(data), test, [Told(phase, on_log)], [stand_ins(schedule.stand_in)]
-            )
+            callbacks = [Told(phase, on_log), *([Kept(work)] if work is not None else [])]
+            rules = [stand_ins(schedule.stand_in)]
+            trainer = PlainTrainer(model, arguments, Rows(data), test, callbacks, rules)
             done = place / phase / "done"
             if (done / "losses.json").exists():
                 restore(trainer.trained_state(), done / "trained.safetensors")

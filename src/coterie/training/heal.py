@@ -38,6 +38,7 @@ from coterie.text import TokenData, together
 from coterie.training.distillation import LOSSES, TopK, lm_losses, predicted, token_losses
 from coterie.training.teacher import TeacherCache, vocabulary, write_cache
 from coterie.training.trainer import (
+    Kept,
     OnLog,
     PlainTrainer,
     Rows,
@@ -358,7 +359,7 @@ def heal(
         total = sum(p.numel() for p in model.parameters())
         trained, finish = choose(model, train, lora_rank)
         counts = {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad), "all": total}
-        callbacks = [_Kept(work)] if work is not None else []
+        callbacks = [Kept(work)] if work is not None else []
         done = distil(
             model,
             data,
@@ -481,16 +482,6 @@ def _peft() -> Any:
     except ModuleNotFoundError as error:
         raise UsageError("--train lora needs peft", "pip install 'coterie[heal]'") from error
     return peft
-
-
-class _Kept(TrainerCallback):  # type: ignore[misc]
-    """Tells the workspace that there is something to go on with, so that an interrupted run keeps it."""
-
-    def __init__(self, work: Any) -> None:
-        self.work = work
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.work.record({"checkpoint": state.global_step})
 
 
 @contextlib.contextmanager

@@ -221,6 +221,16 @@ class Told(TrainerCallback):  # type: ignore[misc]
                 self.say(self.phase, state.global_step, state.max_steps, float(logs["loss"]))
 
 
+class Kept(TrainerCallback):  # type: ignore[misc]
+    """Tells the workspace that there is something to go on with, so that an interrupted run keeps it."""
+
+    def __init__(self, work: Any) -> None:
+        self.work = work
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.work.record({"checkpoint": state.global_step})
+
+
 class _Whole(TrainerCallback):  # type: ignore[misc]
     """Marks checkpoints that were written to their end."""
 
