@@ -31,7 +31,6 @@ from coterie.streaming.lockstep import Progress
 from coterie.streaming.model import StreamedModel
 from coterie.streaming.writer import DEFAULT_SHARD_BYTES, check_place, parse_size
 from coterie.text import check_ids, held_out
-from coterie.training.factorize import factorize, factorize_forecast
 
 if TYPE_CHECKING:
     from coterie.training.heal import Healed
@@ -94,10 +93,22 @@ _TEXT = (
 )  # of what `calibration` takes
 
 
+def _factorize(*given: Any, **named: Any) -> Result:
+    from coterie.training.factorize import factorize  # the Trainer loads here, not for every verb
+
+    return factorize(*given, **named)
+
+
+def _factorize_forecast(*given: Any, **named: Any) -> Forecast:
+    from coterie.training.factorize import factorize_forecast
+
+    return factorize_forecast(*given, **named)
+
+
 JOBS: dict[type[OwnJob], tuple[Callable[..., Result], Callable[..., Forecast]]] = {
     Sparsifier: (sparsify, sparsify_forecast),
     SlimMoE: (slim, slim_forecast),
-    McSmoe: (factorize, factorize_forecast),
+    McSmoe: (_factorize, _factorize_forecast),
 }
 
 _NO_BUDGET: dict[str, Any] = {"scope": "uniform", "minimum": 1, "protect": ()}  # what says nothing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ def finetune(
     """
     from coterie.training.finetune import Schedule
     from coterie.training.finetune import finetune as run_finetune
+    from coterie.training.trainer import shown_on
 
     runtime = runtime or Runtime()
     runtime.ready()
@@ -69,7 +70,7 @@ def finetune(
             device=runtime.device,
             seed=seed,
             overwrite=overwrite,
-            on_log=_steps(bar),
+            on_log=shown_on(bar),
         )
     finally:
         bar.done()
@@ -125,6 +126,7 @@ def heal(
     text have wrong.
     """
     from coterie.training.heal import heal as run_heal
+    from coterie.training.trainer import shown_on
 
     runtime = runtime or Runtime()
     options = heal_options(
@@ -174,7 +176,7 @@ def heal(
             seed=seed,
             overwrite=overwrite,
             progress=bar,
-            on_log=_steps(bar),
+            on_log=shown_on(bar),
         )
     finally:
         bar.done()
@@ -221,16 +223,3 @@ def _apart(given: TokenData, held_out_samples: int, asked: int) -> tuple[TokenDa
     """Held-out sequences and the others: so many of each domain, but no more than a quarter of what there is."""
     least = min(given.samples // len(given.domains), asked)
     return held_out(given, min(held_out_samples, max(1, least // 4)))
-
-
-def _steps(bar: Progress) -> Callable[[str, int, int, float], None]:
-    """Shows training steps, phase after phase."""
-    told = {"phase": ""}
-
-    def log(phase: str, step: int, total: int, loss: float) -> None:
-        if phase != told["phase"]:
-            told["phase"] = phase
-            bar.start("steps", total)
-        bar.layer(step - 1)
-
-    return log

@@ -40,7 +40,7 @@ from coterie.streaming.writer import DEFAULT_SHARD_BYTES, Workspace
 from coterie.text import TokenData
 from coterie.training.heal import Distillation, distil
 from coterie.training.teacher import TeacherCache, vocabulary, write_cache
-from coterie.training.trainer import Rule, learning, router_parameters
+from coterie.training.trainer import Rule, learning, router_parameters, shown_on
 
 TOP = 64  # of the teacher's tokens that are kept; all others are one bucket
 
@@ -106,7 +106,7 @@ def factorize(
             rules=rules,
             device=streamed.device,
             seed=seed,
-            on_log=_steps(bar),
+            on_log=shown_on(bar),
         )
         bar.done()
         shares = drop_rows(student, method.rows)
@@ -194,18 +194,6 @@ def _options(method: McSmoe, data: TokenData) -> tuple[Distillation, list[Rule]]
         lm_weight=1.0,
     )
     return options, [Rule(".*", rate=0.0, weight_decay=0.0)] if zero_shot else []
-
-
-def _steps(bar: Progress) -> Any:
-    started: list[str] = []
-
-    def told(phase: str, step: int, total: int, loss: float) -> None:
-        if phase not in started:
-            started.append(phase)
-            bar.start("steps", total)
-        bar.layer(step - 1)
-
-    return told
 
 
 # -- the model in memory ------------------------------------------------------------------------------------------

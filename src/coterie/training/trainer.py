@@ -33,6 +33,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from coterie.anatomy import moe_layers, slice_names
 from coterie.errors import ModelError, UsageError
 from coterie.streaming.checkpoint import DTYPES
+from coterie.streaming.lockstep import Progress
 from coterie.streaming.model import StreamedModel, all_finite
 from coterie.streaming.writer import DEFAULT_SHARD_BYTES, ShardWriter, Spec, Workspace, copy_small_files
 from coterie.text import TokenData, sample_key
@@ -219,6 +220,19 @@ class Told(TrainerCallback):  # type: ignore[misc]
                 raise ModelError(f"the loss is {logs['loss']} after {state.global_step} steps", "Lower the rate.")
             if state.is_world_process_zero:
                 self.say(self.phase, state.global_step, state.max_steps, float(logs["loss"]))
+
+
+def shown_on(bar: Progress) -> OnLog:
+    """Training steps on a progress bar, anew for every phase."""
+    told = {"phase": ""}
+
+    def log(phase: str, step: int, steps: int, loss: float) -> None:
+        if phase != told["phase"]:
+            told["phase"] = phase
+            bar.start("steps", steps)
+        bar.layer(step - 1)
+
+    return log
 
 
 class Kept(TrainerCallback):  # type: ignore[misc]
