@@ -8,7 +8,8 @@ import coterie
 from coterie.anatomy import moe_layers
 from coterie.anatomy.forms import Form, apply_forms, form_of
 from coterie.errors import CheckpointError, ModelError, UsageError
-from coterie.experts import factored, mapped
+from coterie.experts import mapped
+from coterie.experts.forward import projections
 from coterie.streaming.checkpoint import Checkpoint
 from coterie.streaming.model import StreamedModel
 from families import FAMILIES, FEW, each_tensor, edit_json, resident, saved, tiny, token_file, tokens
@@ -185,7 +186,7 @@ def test_sparse_rows_are_added_to_the_product_and_survive_saving(family, tmp_pat
     model = tiny(family)
     layers = {layer.index: layer for layer in moe_layers(model)}
     index, layer = next(iter(layers.items()))
-    E, names = layer.num_experts, factored.projections(layer.experts)
+    E, names = layer.num_experts, projections(layer.experts)
     generator = torch.Generator().manual_seed(0)
     shapes = {"gate": (layer.bank.intermediate_size, layer.bank.hidden_size)}
     shapes |= {"up": shapes["gate"], "down": shapes["gate"][::-1]}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from coterie.errors import ModelError
 from coterie.experts.factored import is_factored
 from coterie.experts.forward import stored_experts
+from coterie.experts.packed import is_packed
 
 
 @dataclass
@@ -43,7 +44,7 @@ def is_experts_module(module: nn.Module) -> bool:
     """True for a module that follows the fused-experts contract (3-D weights and the flags that describe them)."""
     flags = all(hasattr(module, flag) for flag in ("is_transposed", "is_concatenated", "has_bias", "has_gate"))
     down = getattr(module, "down_proj", None)
-    return flags and (is_factored(module) or (isinstance(down, Tensor) and down.dim() == 3))
+    return flags and (hasattr(module, "dense") or (isinstance(down, Tensor) and down.dim() == 3))
 
 
 class ExpertBank:
@@ -68,6 +69,11 @@ class ExpertBank:
         return is_factored(self.module)
 
     @property
+    def packed(self) -> bool:
+        """Are its experts quantized and kept packed? They can be read, but not written in place."""
+        return is_packed(self.module)
+
+    @property
     def has_gate(self) -> bool:
         return bool(self.module.has_gate)
 
@@ -77,14 +83,14 @@ class ExpertBank:
 
     @property
     def hidden_size(self) -> int:
-        if self.factored:
-            return int(self._tensor("factor_down_a").shape[1])
+        if hasattr(self.module, "shape_of"):
+            return int(self.module.shape_of("down")[0])  # type: ignore[operator]
         return int(self._tensor("down_proj").shape[2 if self.module.is_transposed else 1])
 
     @property
     def intermediate_size(self) -> int:
-        if self.factored:
-            return int(self._tensor("factor_down_b").shape[2])
+        if hasattr(self.module, "shape_of"):
+            return int(self.module.shape_of("down")[1])  # type: ignore[operator]
         return int(self._tensor("down_proj").shape[1 if self.module.is_transposed else 2])
 
     @property
@@ -95,10 +101,10 @@ class ExpertBank:
 
     def read(self, expert: int, dtype: torch.dtype | None = None) -> ExpertWeights:
         """Expert `expert` in canonical orientation: views of the stored tensors, or copies if `dtype` differs or
-        they are stored as factors."""
+        they are stored as factors or codes."""
         up_name = "gate_up_proj" if self.has_gate else "up_proj"
         gate_IH: Tensor | None
-        if self.factored:
+        if hasattr(self.module, "dense"):
             module: Any = self.module
             up_IH, down_HI = module.dense("up", expert), module.dense("down", expert)
             gate_IH = module.dense("gate", expert) if self.has_gate else None
@@ -116,9 +122,10 @@ class ExpertBank:
 
     @torch.no_grad()
     def write(self, expert: int, weights: ExpertWeights) -> None:
-        """Store `weights` as expert `expert`, cast to the stored dtype. Raises ModelError for factored experts."""
-        if self.factored:
-            raise ModelError("the experts are stored as low-rank factors and cannot be edited as matrices")
+        """Store `weights` as expert `expert`, cast to the stored dtype. Raises ModelError if they are factors or codes."""
+        if hasattr(self.module, "dense"):
+            stored = "low-rank factors" if self.factored else "packed codes"
+            raise ModelError(f"the experts are stored as {stored} and cannot be edited as matrices")
         target = self.read(expert)
         for name in ("up_IH", "down_HI", "gate_IH", "up_bias_I", "gate_bias_I", "down_bias_H"):
             view, value = getattr(target, name), getattr(weights, name)

@@ -1,10 +1,13 @@
-"""What is special about the experts of a layer: shared by several router outputs, stored as low-rank factors, or only
-the strongest of a token run and vectors stand in for the rest (compressed experts).
+"""What is special about the experts of a layer: shared by several router outputs, stored as low-rank factors or as
+codes of few bits, or only the strongest of a token run and vectors stand in for the rest (compressed experts). And
+which linear layers beside them are stored as codes.
 
 config.json says so in its "coterie" header (see `uneven`), layer by layer:
 
     "quantization_config": {"quant_method": "coterie", "format": 1, "layers": {
-        "3": {"map": [0, 0, 1, 2, 1, 2, 0, 1], "ranks": {"gate": 32, "up": 32, "down": 32}}, "4": {"main": 2}}}
+        "3": {"map": [0, 0, 1, 2, 1, 2, 0, 1], "ranks": {"gate": 32, "up": 32, "down": 32}}, "4": {"main": 2},
+        "5": {"bits": {"group": 64, "symmetric": false, "gate": [4, 2], "up": [4, 2], "down": [4, 16]}}},
+        "linears": {"group": 64, "symmetric": false, "bits": {"model.layers.0.self_attn.q_proj": 4}}}
 
 A freshly built model is given these forms on the meta device before any weight is loaded; weights are not their
 business. Everything in a header is checked against the model first: it may come from anywhere.
@@ -19,16 +22,52 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from coterie.anatomy.experts import ExpertBank
 from coterie.anatomy.layers import MoELayer, moe_layers
 from coterie.anatomy.slicing import cut_experts
 from coterie.errors import CheckpointError
-from coterie.experts import compressed, factored, mapped
+from coterie.experts import compressed, factored, mapped, packed, packing
+from coterie.experts.forward import projections
 
 Projection = Literal["gate", "up", "down"]
+Width = Annotated[int, Field(ge=1, le=16)]
+LARGEST_GROUP = 2**20
+
+
+def _known_width(bits: int) -> int:
+    if bits not in packing.WIDTHS and bits != packed.PLAIN:
+        raise ValueError(f"{bits} bits: codes have 1 to 8, and {packed.PLAIN} leaves a matrix as it is")
+    return bits
+
+
+class Grid(BaseModel):
+    """How codes are spread: one scale, and one zero unless symmetric, for `group` columns of a row."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    group: Annotated[int, Field(ge=1, le=LARGEST_GROUP)]
+    symmetric: bool = False
+
+
+class ExpertBits(Grid):
+    """Widths of a layer's experts, one for each stored expert; 16 leaves a matrix as it is."""
+
+    gate: list[Annotated[Width, AfterValidator(_known_width)]] | None = None
+    up: list[Annotated[Width, AfterValidator(_known_width)]]
+    down: list[Annotated[Width, AfterValidator(_known_width)]]
+
+    def widths(self) -> dict[str, list[int]]:
+        """{projection: bits of each expert}."""
+        return {p: bits for p in ("gate", "up", "down") if (bits := getattr(self, p)) is not None}
+
+
+class Linears(Grid):
+    """Widths of linear layers outside of experts: {path: bits}."""
+
+    bits: dict[str, Annotated[int, Field(ge=1, le=8)]]
 
 
 class Form(BaseModel):
@@ -37,7 +76,7 @@ class Form(BaseModel):
     map : stored expert of each of the router's outputs. ranks : rank of each projection's factors.
     rows : rows of each projection's sparse part, over all experts; only with ranks.
     main : experts that run per token, the strongest of those picked; single, renormalize_main : see
-    `experts.compressed`; only with main.
+    `experts.compressed`; only with main. bits : the experts are stored as codes; not with ranks or main.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -48,6 +87,7 @@ class Form(BaseModel):
     main: Annotated[int, Field(ge=1)] | None = None
     single: bool | None = None
     renormalize_main: bool | None = None
+    bits: ExpertBits | None = None
 
     def describe(self) -> dict[str, Any]:
         return self.model_dump(exclude_none=True)
@@ -87,6 +127,10 @@ def apply_forms(model: nn.Module, forms: Mapping[int, Form]) -> None:
             factored.convert(layer.experts, projection_shapes(layer.bank), form.ranks, form.rows)  # type: ignore[arg-type]
         elif form.rows is not None:
             raise CheckpointError(f"config.json: layer {index} has sparse rows but no ranks")
+        if form.bits is not None:
+            _check_bits(layer, form)
+            grid, shapes = form.bits, projection_shapes(layer.bank)
+            packed.convert(layer.experts, grid.widths(), shapes, grid.group, symmetric=grid.symmetric)
         if form.main is not None:
             _check_main(layer, form)
             single, renormalize = bool(form.single), bool(form.renormalize_main)
@@ -99,11 +143,57 @@ def form_of(layer: MoELayer) -> Form:
     """What is special about the experts of a layer as it is."""
     module, ranks, rows = layer.experts, None, None
     if layer.bank.factored:
-        names = factored.projections(module)
+        names = projections(module)
         ranks = {p: int(getattr(module, f"factor_{p}_a").shape[2]) for p in names}
         if hasattr(module, f"sparse_{names[0]}"):
             rows = {p: int(getattr(module, f"sparse_{p}").shape[0]) for p in names}
-    return Form(map=mapped.expert_map(module), ranks=ranks, rows=rows, **_compressed(module))  # type: ignore[arg-type]
+    return Form(
+        map=mapped.expert_map(module),
+        ranks=ranks,  # type: ignore[arg-type]
+        rows=rows,  # type: ignore[arg-type]
+        bits=_bits(module),
+        **_compressed(module),
+    )
+
+
+def _bits(module: nn.Module) -> ExpertBits | None:
+    if not isinstance(module, packed.Packed):
+        return None
+    widths = {p: list(bits) for p, bits in module.packed_bits.items()}
+    return ExpertBits(group=module.packed_group, symmetric=module.packed_symmetric, **widths)
+
+
+def linears_of(header: Mapping[str, Any]) -> Linears | None:
+    """The packed linear layers of a header. Raises CheckpointError saying which entry is wrong."""
+    if "linears" not in header:
+        return None
+    try:
+        return Linears.model_validate(header["linears"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"config.json: quantization_config.linears.{where}: {first['msg']}") from error
+
+
+def apply_linears(model: nn.Module, linears: Linears | None) -> None:
+    """Make linear layers of a freshly built model packed ones. Raises CheckpointError where they do not fit."""
+    modules = dict(model.named_modules())
+    for path, bits in linears.bits.items() if linears is not None else ():
+        module = modules.get(path)
+        if not isinstance(module, nn.Linear) or packed.is_packed(module):
+            raise CheckpointError(f"config.json: quantization_config.linears names {path}, which is no linear layer")
+        assert linears is not None
+        packed.convert_linear(module, bits, linears.group, symmetric=linears.symmetric)
+
+
+def linears_in(model: nn.Module) -> Linears | None:
+    """The packed linear layers of a model as it is."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, packed.PackedLinear)}
+    if not found:
+        return None
+    first = next(iter(found.values()))
+    bits = {name: module.packed_width for name, module in found.items()}
+    return Linears(group=first.packed_group, symmetric=not hasattr(first, "zero"), bits=bits)
 
 
 def _compressed(module: nn.Module) -> dict[str, Any]:
@@ -118,7 +208,7 @@ def projection_shapes(bank: ExpertBank) -> dict[str, tuple[int, int]]:
     """(O, I) of each of an expert's matrices."""
     wide, narrow = bank.intermediate_size, bank.hidden_size
     shapes = {"gate": (wide, narrow), "up": (wide, narrow), "down": (narrow, wide)}
-    return {p: shapes[p] for p in factored.projections(bank.module)}
+    return {p: shapes[p] for p in projections(bank.module)}
 
 
 def _check_map(layer: MoELayer, target: list[int]) -> None:
@@ -130,6 +220,25 @@ def _check_map(layer: MoELayer, target: list[int]) -> None:
     stored = max(target) + 1
     if stored > E or set(target) != set(range(stored)):
         raise CheckpointError(f"config.json: the expert map of layer {layer.index} skips or exceeds its {E} experts")
+
+
+def _check_bits(layer: MoELayer, form: Form) -> None:
+    assert form.bits is not None
+    widths, expected = form.bits.widths(), projections(layer.experts)
+    if set(widths) != set(expected):
+        raise CheckpointError(
+            f"config.json: bits of layer {layer.index} name {', '.join(sorted(widths))}; its experts have"
+            f" {', '.join(expected)}"
+        )
+    for p, bits in widths.items():
+        if len(bits) != layer.bank.num_experts:
+            raise CheckpointError(
+                f"config.json gives {len(bits)} widths for {p} in layer {layer.index}, which has"
+                f" {layer.bank.num_experts} experts"
+            )
+    if form.ranks is not None or form.main is not None:
+        other = "factors" if form.ranks is not None else "vectors for experts"
+        raise CheckpointError(f"config.json: layer {layer.index} has bits and {other}; not both can be")
 
 
 def _check_main(layer: MoELayer, form: Form) -> None:
@@ -184,6 +293,6 @@ def put_back_dense(bank: ExpertBank, keep: Sequence[int], factors: Mapping[str, 
         matrices = {
             f"{p}_{'HI' if p == 'down' else 'IH'}": factors[f"factor_{p}_a"][position].float()
             @ factors[f"factor_{p}_b"][position].float()
-            for p in factored.projections(bank.module)
+            for p in projections(bank.module)
         }
         bank.write(expert, replace(weights, **matrices))

@@ -22,13 +22,13 @@ from typing import Any
 from torch import nn
 
 from coterie.anatomy.architectures import COUNT_FIELDS
-from coterie.anatomy.forms import Form, apply_forms, forms_of
+from coterie.anatomy.forms import Form, Linears, apply_forms, apply_linears, forms_of, linears_of
 from coterie.anatomy.layers import MoELayer, moe_layers
 from coterie.anatomy.slicing import select
 from coterie.errors import CheckpointError, ModelError
 
 METHOD, FORMAT = "coterie", 1
-KNOWN = frozenset({"layers"})  # entries of a header this version can rebuild, beside the sizes of layers
+KNOWN = frozenset({"layers", "linears"})  # entries of a header this version can rebuild, beside the sizes of layers
 _ACCESS = "allow_global_per_layer_attribute_access"  # without it, building the model stops at the ambiguous count
 
 
@@ -108,6 +108,7 @@ def rebuild(model: nn.Module, header: Mapping[str, Any]) -> None:
         except ModelError as error:
             raise CheckpointError(f"per_layer_config does not fit the model: {error.message}", error.hint) from error
     apply_forms(model, forms_of(header))
+    apply_linears(model, linears_of(header))
 
 
 def _any(count: int, layer: MoELayer) -> list[int]:
@@ -144,10 +145,18 @@ def real_name(config: Any, name: str) -> str:
     return aliases.get(name, name)
 
 
-def with_forms(config: dict[str, Any], forms: Mapping[int, Form], version: str) -> dict[str, Any]:
-    """A raw config whose header describes these forms; without a header where nothing is special any more."""
+def with_forms(
+    config: dict[str, Any], forms: Mapping[int, Form], version: str, linears: Linears | None = None
+) -> dict[str, Any]:
+    """A raw config whose header describes these forms; without a header where nothing is special any more.
+
+    linears : packed linear layers, beside those the header names already.
+    """
     told = {str(index): entry for index, form in sorted(forms.items()) if (entry := form.describe())}
     kept = {k: v for k, v in (config.get("quantization_config") or {}).items() if k != "layers"}
-    if not told:
+    entries: dict[str, Any] = {"layers": told} if told else {}
+    if linears is not None:
+        entries["linears"] = linears.model_dump()
+    if not entries:
         return config
-    return {**config, "quantization_config": {**kept, **header(version), "layers": told}}
+    return {**config, "quantization_config": {**kept, **header(version), **entries}}

@@ -19,9 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coterie.experts.forward import experts_forward, joined, widened
-
-PROJECTIONS = ("gate", "up", "down")
+from coterie.experts.forward import experts_forward, joined, projections, widened
 
 
 class Factored:
@@ -69,6 +67,10 @@ class Factored:
         first, last = torch.searchsorted(row_N, ends).tolist()
         return row_N[first:last] - expert * outputs, values[first:last]
 
+    def shape_of(self, p: str) -> tuple[int, int]:
+        """(O, I) of one projection."""
+        return getattr(self, f"factor_{p}_a").shape[1], getattr(self, f"factor_{p}_b").shape[2]
+
     def dense(self, p: str, expert: int) -> Tensor:
         """A B + S of one projection, [O, I], in float32 or wider."""
         a_OQ, b_QI = getattr(self, f"factor_{p}_a")[expert].detach(), getattr(self, f"factor_{p}_b")[expert].detach()
@@ -80,11 +82,6 @@ class Factored:
 
 def is_factored(module: object) -> bool:
     return getattr(module, "is_factored", False) is True
-
-
-def projections(module: nn.Module) -> tuple[str, ...]:
-    """Names of the matrices of each of its experts."""
-    return PROJECTIONS if module.has_gate else PROJECTIONS[1:]
 
 
 def convert(

@@ -95,6 +95,11 @@ def stored_experts(module: nn.Module) -> int:
     return module.down_proj.shape[0]
 
 
+def projections(module: nn.Module) -> tuple[str, ...]:
+    """Names of the matrices of each expert of an experts module, gate and up told apart."""
+    return ("gate", "up", "down") if module.has_gate else ("up", "down")
+
+
 _ALL = slice(None)
 
 

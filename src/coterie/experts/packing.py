@@ -44,7 +44,7 @@ def pack(codes_OI: Tensor, bits: int) -> Tensor:
     columns = codes_OI.shape[-1]
     count = words(columns, bits)
     padded = torch.nn.functional.pad(codes_OI, (0, -columns % _WORD))
-    field = padded.unflatten(-1, (-1, _WORD)).to(torch.int64)  # 32 codes fill `bits` words exactly
+    field = padded.view(*padded.shape[:-1], -1, _WORD).to(torch.int64)  # 32 codes fill `bits` words exactly
     packed = field.new_zeros(*field.shape[:-1], bits)
     for i, word, shift in _fields(bits):
         packed[..., word] |= field[..., i] << shift  # what does not fit in 32 bits is cut off at the end
@@ -56,7 +56,9 @@ def pack(codes_OI: Tensor, bits: int) -> Tensor:
 def unpack(packed_ON: Tensor, bits: int, columns: int) -> Tensor:
     """The codes in int32 words [..., N]: uint8 [..., columns]."""
     padded = torch.nn.functional.pad(packed_ON, (0, -packed_ON.shape[-1] % bits))
-    word = padded.unflatten(-1, (-1, bits)).to(torch.int64) & 0xFFFFFFFF  # without the sign, shifts bring in zeros
+    word = (
+        padded.view(*padded.shape[:-1], -1, bits).to(torch.int64) & 0xFFFFFFFF
+    )  # without the sign, shifts bring in zeros
     field = torch.empty(*word.shape[:-1], _WORD, dtype=torch.uint8, device=packed_ON.device)
     mask = 2**bits - 1
     for i, at, shift in _fields(bits):

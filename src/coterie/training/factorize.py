@@ -33,6 +33,7 @@ from coterie.compression.records import record_of, versions
 from coterie.compression.sizes import measure, measure_written
 from coterie.errors import UsageError
 from coterie.experts import factored
+from coterie.experts.forward import projections
 from coterie.streaming.checkpoint import DTYPES
 from coterie.streaming.lockstep import Progress
 from coterie.streaming.model import StreamedModel
@@ -236,7 +237,7 @@ def rows_of(model: nn.Module, what: str) -> dict[str, Tensor]:
     return {
         f"{layer.index}.{p}": getattr(layer.experts, what.format(p=p))
         for layer in moe_layers(model)
-        for p in factored.projections(layer.experts)
+        for p in projections(layer.experts)
     }
 
 
@@ -278,7 +279,7 @@ def drop_rows(model: nn.Module, share: float) -> dict[int, dict[str, float]]:
     figures: dict[int, dict[str, float]] = {}
     for layer in moe_layers(model):
         module, ours = layer.experts, []
-        for p in factored.projections(module):
+        for p in projections(module):
             stays_N = kept[f"{layer.index}.{p}"].to(layer.router_device)
             rows: Tensor = getattr(module, f"sparse_{p}")
             setattr(module, f"sparse_{p}", nn.Parameter(rows.detach()[stays_N].clone(), requires_grad=True))
@@ -302,7 +303,7 @@ class TrainedOutput(Output):
         counts = {index: layer.num_experts for index, layer in streamed.moe.items()}
         super().__init__(streamed, folder, counts, method, shard_bytes)
         for index, layer in streamed.moe.items():
-            names = factored.projections(layer.experts)
+            names = projections(layer.experts)
             self.rows[index] = {p: len(trained[f"{layer.experts_name}.sparse_{p}"]) for p in names}
 
     def write_all(self) -> None:

@@ -1,0 +1,290 @@
+"""Experts and linear layers that stay packed in memory: codes of 1 to 8 bits, unpacked where they are multiplied.
+
+A stock module becomes a packed one in place (`convert`, `convert_linear`): its class is derived from the class it had,
+so that gates, activations, biases and flags stay what they were. Every expert has widths of its own, one for each of
+gate, up and down; 16 means that the matrix stays as it was. Of one projection of all experts of a layer there is
+
+    packed_p [sum of O * N_e] int32, one expert below the other     scale_p [Q, O, G]     zero_p [Q, O, G], asymmetric
+    plain_p [E - Q, O, I], the matrices that stay as they were
+
+in the order of the experts. Packed weights do not learn; gradients pass through them to what they are multiplied with.
+What codes mean stands in `packing`.
+"""
+
+# E experts, Q of them quantized, R rows routed to one expert, I inputs and O outputs of a projection, G groups of
+# columns, N words of a packed row
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coterie.experts import packing
+from coterie.experts.forward import experts_forward, joined
+from coterie.experts.packing import Coded
+
+PLAIN = 16  # bits of a matrix that is not quantized
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One projection of all experts of a layer: what is stored, and where each expert lies in it.
+
+    bits : width of each expert, 1 to 8, or 16. shape : (O, I). words : flat int32. scale_QOG, zero_QOG : see above.
+    plain : [E - Q, O, I].
+    """
+
+    bits: tuple[int, ...]
+    shape: tuple[int, int]
+    group: int
+    words: Tensor
+    scale_QOG: Tensor
+    zero_QOG: Tensor | None
+    plain: Tensor
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """First word of each expert in `words`, and the end; plain experts have none."""
+        return [0, *itertools.accumulate(matrix_words(b, self.shape) for b in self.bits)]
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """Position of each expert among those of its kind: the first index of scale_QOG, or of plain."""
+        seen = {True: 0, False: 0}
+        found = []
+        for bits in self.bits:
+            found.append(seen[bits == PLAIN])
+            seen[bits == PLAIN] += 1
+        return found
+
+    def packed(self, expert: int) -> Tensor:
+        """Words of one quantized expert, [O, N]."""
+        return self.words[self.starts[expert] : self.starts[expert + 1]].view(self.shape[0], -1)
+
+    def dense(self, expert: int) -> Tensor:
+        """One matrix, [O, I]: float32, or as it is stored where it is not quantized."""
+        bits, rank = self.bits[expert], self.ranks[expert]
+        if bits == PLAIN:
+            return self.plain[rank]
+        codes_OI = packing.unpack(self.packed(expert), bits, self.shape[1])
+        zero_OG = None if self.zero_QOG is None else self.zero_QOG[rank]
+        return packing.dense(codes_OI, bits, self.group, self.scale_QOG[rank], zero_OG)
+
+
+def matrix_words(bits: int, shape: tuple[int, int]) -> int:
+    """Words of one packed matrix; none if it stays as it is."""
+    return 0 if bits == PLAIN else shape[0] * packing.words(shape[1], bits)
+
+
+class _Multiply(torch.autograd.Function):
+    """x W^T for a matrix that is made when it is needed, forwards and backwards, and never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, stack: Stack, expert: int) -> Tensor:
+        ctx.stack, ctx.expert = stack, expert
+        return F.linear(x_RI, stack.dense(expert).to(x_RI.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] @ ctx.stack.dense(ctx.expert).to(grads[0].dtype), None, None
+
+
+def multiply(stack: Stack, expert: int, x_RI: Tensor) -> Tensor:
+    """[R, I] -> [R, O] with one expert's matrix, in the dtype of the inputs."""
+    result: Tensor = _Multiply.apply(x_RI, stack, expert)  # type: ignore[no-untyped-call]
+    return result
+
+
+class Packed:
+    """What a packed experts module has beside what its stock class gives it.
+
+    packed_bits : {projection: width of each expert}. packed_shapes : {projection: (O, I)}. packed_group : columns that
+    share a scale. packed_symmetric : without zeros.
+    """
+
+    packed_bits: dict[str, tuple[int, ...]]
+    packed_shapes: dict[str, tuple[int, int]]
+    packed_group: int
+    packed_symmetric: bool
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights)  # type: ignore[arg-type]
+
+    @property
+    def stored_experts(self) -> int:
+        return len(self.packed_bits["down"])
+
+    def stack(self, p: str) -> Stack:
+        """Projection gate, up or down of all experts."""
+        module: Any = self
+        parts = [getattr(module, f"{part}_{p}", None) for part in ("packed", "scale", "zero", "plain")]
+        return Stack(self.packed_bits[p], self.packed_shapes[p], self.packed_group, *parts)  # type: ignore[arg-type]
+
+    def project(self, name: str, expert: int, x_RI: Tensor) -> Tensor:
+        """One projection under its stock name, biases included: [R, I] -> [R, O]."""
+        if name == "gate_up_proj":
+            y_RO = joined(self, self._multiply("gate", expert, x_RI), self._multiply("up", expert, x_RI))  # type: ignore[arg-type]
+        else:
+            y_RO = self._multiply(name.removesuffix("_proj"), expert, x_RI)
+        bias = getattr(self, f"{name}_bias", None) if self.has_bias else None  # type: ignore[attr-defined]
+        return y_RO if bias is None else y_RO + bias[expert].to(y_RO.dtype)
+
+    def _multiply(self, p: str, expert: int, x_RI: Tensor) -> Tensor:
+        return multiply(self.stack(p), expert, x_RI)
+
+    def shape_of(self, p: str) -> tuple[int, int]:
+        """(O, I) of one projection."""
+        return self.packed_shapes[p]
+
+    def dense(self, p: str, expert: int) -> Tensor:
+        """One projection of one expert, [O, I], in float32 or wider."""
+        w_OI = self.stack(p).dense(expert)
+        return w_OI.to(torch.promote_types(w_OI.dtype, torch.float32))
+
+
+def is_packed(module: object) -> bool:
+    return isinstance(module, (Packed, PackedLinear))
+
+
+def expert_tensors(
+    bits: Sequence[int], shape: tuple[int, int], group: int, *, symmetric: bool, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """{part: (shape, dtype)} of one projection of all experts: packed, scale, zero, plain."""
+    quantized = sum(b != PLAIN for b in bits)
+    narrow = packing.scale_dtype(dtype)
+    per_group = (quantized, shape[0], packing.groups(shape[1], group))
+    parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "packed": ((sum(matrix_words(b, shape) for b in bits),), torch.int32),
+        "scale": (per_group, narrow),
+    }
+    if not symmetric:
+        parts["zero"] = (per_group, narrow)
+    parts["plain"] = ((len(bits) - quantized, *shape), dtype)
+    return parts
+
+
+def convert(
+    module: nn.Module,
+    bits: Mapping[str, Sequence[int]],
+    shapes: Mapping[str, tuple[int, int]],
+    group: int,
+    *,
+    symmetric: bool,
+) -> None:
+    """Make a fused experts module a packed one, in place, its tensors empty and on the device of its weights.
+
+    bits : {projection: width of each expert}. shapes : {projection: (O, I)}.
+    """
+    weight = module.down_proj
+    assert isinstance(weight, Tensor)
+    for name in ("gate_up_proj", "up_proj", "down_proj"):
+        module._parameters.pop(name, None)
+    module.__class__ = _derived(Packed, type(module))
+    assert isinstance(module, Packed)
+    module.packed_bits = {p: tuple(bits[p]) for p in shapes}
+    module.packed_shapes = dict(shapes)
+    module.packed_group, module.packed_symmetric = group, symmetric
+    for p, shape in shapes.items():
+        parts = expert_tensors(module.packed_bits[p], shape, group, symmetric=symmetric, dtype=weight.dtype)
+        for part, (size, dtype) in parts.items():
+            _empty(module, f"{part}_{p}", size, dtype, weight.device)
+    module._is_hf_initialized = True  # type: ignore[assignment]  # its stock initialisation looks for stock weights
+
+
+def _empty(module: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if dtype.is_floating_point:
+        module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    else:
+        module.register_buffer(name, tensor)
+
+
+class PackedLinear:
+    """What a packed linear layer has beside what its stock class gives it: packed [O, N], scale, zero [O, G]."""
+
+    packed_width: int
+    packed_group: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = multiply(self.stack(), 0, x.reshape(-1, x.shape[-1]))
+        bias = self.bias  # type: ignore[attr-defined]
+        y = y.view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+
+    def stack(self) -> Stack:
+        """Its matrix as the only expert of a stack."""
+        shape = (self.out_features, self.in_features)  # type: ignore[attr-defined]
+        zero = getattr(self, "zero", None)
+        none = self.scale.new_empty(0, *shape)  # type: ignore[attr-defined]
+        scale_1OG = self.scale[None]  # type: ignore[attr-defined]
+        words = self.packed.view(-1)  # type: ignore[attr-defined]
+        return Stack(
+            (self.packed_width,), shape, self.packed_group, words, scale_1OG, None if zero is None else zero[None], none
+        )
+
+    def dense(self) -> Tensor:
+        """Its matrix in float32, [O, I]."""
+        return self.stack().dense(0)
+
+
+def linear_tensors(
+    bits: int, shape: tuple[int, int], group: int, *, symmetric: bool, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """{part: (shape, dtype)} of a packed linear layer: packed, scale, zero."""
+    narrow, per_group = packing.scale_dtype(dtype), (shape[0], packing.groups(shape[1], group))
+    words = (shape[0], packing.words(shape[1], bits))
+    parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "packed": (words, torch.int32),
+        "scale": (per_group, narrow),
+    }
+    return parts if symmetric else {**parts, "zero": (per_group, narrow)}
+
+
+def convert_linear(module: nn.Linear, bits: int, group: int, *, symmetric: bool) -> None:
+    """Make a linear layer a packed one, in place, its tensors empty and on the device of its weight; a bias stays."""
+    weight = module.weight
+    del module.weight
+    module.__class__ = _derived(PackedLinear, type(module))
+    module.packed_width, module.packed_group = bits, group  # type: ignore[assignment]
+    shape = (weight.shape[0], weight.shape[1])
+    for part, (size, dtype) in linear_tensors(bits, shape, group, symmetric=symmetric, dtype=weight.dtype).items():
+        _empty(module, part, size, dtype, weight.device)
+    module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+_classes: dict[tuple[type, type], type] = {}
+
+
+def _derived(kind: type, stock: type) -> type:
+    """The packed class of a stock class, made once."""
+    if (kind, stock) not in _classes:
+        name = f"Packed{stock.__name__}"
+        _classes[kind, stock] = type(name, (kind, stock), {"__module__": stock.__module__})
+    return _classes[kind, stock]
+
+
+def assembled(coded: Sequence[Coded | Tensor], shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of one projection of all experts, by part, from one matrix each: codes, or [O, I] that stays as it is."""
+    codes = [c for c in coded if isinstance(c, Coded)]
+    plain = [c.to(dtype) for c in coded if not isinstance(c, Coded)]
+    narrow = packing.scale_dtype(dtype)
+    none = torch.empty(0, dtype=torch.int32)
+    parts = {"packed": torch.cat([none, *(c.packed().flatten() for c in codes)])}
+    if codes:
+        parts["scale"] = torch.stack([c.scale_OG for c in codes]).to(narrow)
+        if codes[0].zero_OG is not None:
+            parts["zero"] = torch.stack([c.zero_OG for c in codes if c.zero_OG is not None]).to(narrow)
+    parts["plain"] = torch.stack(plain) if plain else torch.empty(0, *shape, dtype=dtype)
+    return parts
+
+
+def packed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of everything that is packed."""
+    return ((name, module) for name, module in model.named_modules() if is_packed(module))
