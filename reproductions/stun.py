@@ -22,7 +22,7 @@ import torch
 from common import Reproduction, arguments, mean_and_spread, workplace
 from coterie import api
 from coterie.compression.compress import Result
-from coterie.compression.sparsify import sites
+from coterie.compression.sites import sites
 
 TOTAL = 0.5
 MAIN = 0.75  # share of the experts that stays in STUN proper

@@ -122,7 +122,7 @@ class ExpertBank:
 
     @torch.no_grad()
     def write(self, expert: int, weights: ExpertWeights) -> None:
-        """Store `weights` as expert `expert`, cast to the stored dtype. Raises ModelError if they are factors or codes."""
+        """Store `weights` as expert `expert`, cast to the stored dtype. Raises ModelError for factors or codes."""
         if hasattr(self.module, "dense"):
             stored = "low-rank factors" if self.factored else "packed codes"
             raise ModelError(f"the experts are stored as {stored} and cannot be edited as matrices")

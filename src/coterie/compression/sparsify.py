@@ -17,13 +17,12 @@ with the same bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coterie.compression.apply import Output
 from coterie.compression.compress import Result
@@ -31,142 +30,18 @@ from coterie.compression.forecast import Forecast, forecast
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.planning import check_editable
 from coterie.compression.records import earlier_steps, record_of, versions
+from coterie.compression.sites import Inputs, matrix, sites
 from coterie.compression.sizes import Size, measure, router_parameters_per_expert
 from coterie.compression.sparsifying.base import Sparsifier
 from coterie.compression.sparsifying.owl import Owl
-from coterie.errors import ModelError, UsageError
-from coterie.experts.forward import observe
+from coterie.errors import UsageError
 from coterie.profiling.weights import Moments
-from coterie.streaming.lockstep import Batch, Progress, States, Step, sweep
+from coterie.streaming.lockstep import Progress, States, Step, sweep
 from coterie.streaming.model import StreamedModel
 from coterie.streaming.writer import DEFAULT_SHARD_BYTES, Workspace
 from coterie.text import TokenData
 
 Figures = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Site:
-    """One matrix, or the matrices of all experts of a layer.
-
-    name : of the parameter. kind : experts, shared, or the part of the decoder layer it is in (self_attn, mlp, ...).
-    experts : how many matrices are stacked; 0 for a linear layer. transposed : stored as [E, I, O].
-    inputs : I. weights : numbers in all of them.
-    """
-
-    name: str
-    kind: str
-    module: nn.Module
-    experts: int
-    transposed: bool
-    inputs: int
-    weights: int
-
-
-def sites(streamed: StreamedModel, index: int) -> list[Site]:
-    """What is pruned of one decoder layer, in the order of its modules. The layer need not be in memory."""
-    layer, prefix = streamed.layers[index], f"{streamed.prefix}.{index}"
-    moe = streamed.moe.get(index)
-    found = []
-    for path, module in layer.named_modules():
-        full = f"{prefix}.{path}"
-        if moe is not None and module is moe.experts:
-            for name in ("gate_up_proj" if moe.bank.has_gate else "up_proj", "down_proj"):
-                weight = getattr(module, name)
-                flipped = bool(module.is_transposed)
-                inputs = weight.shape[1 if flipped else 2]
-                found.append(
-                    Site(f"{full}.{name}", "experts", module, weight.shape[0], flipped, inputs, weight.numel())
-                )
-        elif isinstance(module, nn.Linear) and module.out_features > 1:
-            if moe is not None and (full == moe.router_name or full.startswith(f"{moe.router_name}.")):
-                continue
-            shared = moe is not None and any(full == s or full.startswith(f"{s}.") for s in moe.shared)
-            kind = "shared" if shared else path.partition(".")[0]
-            found.append(Site(f"{full}.weight", kind, module, 0, False, module.in_features, module.weight.numel()))
-    return [site for site in found if streamed.keys_of([site.name])]
-
-
-class Inputs:
-    """Sums of squares of what every matrix of one layer receives, padding left out. A tap and a set of hooks."""
-
-    def __init__(self, streamed: StreamedModel, index: int, found: list[Site]) -> None:
-        self.moe, self.index, self.sites = streamed.moe.get(index), index, found
-        self.squares: dict[str, Tensor] = {}  # [I], or [E, I] for experts; float64
-        self.counts: dict[str, Tensor] = {}  # tokens: [1], or [E]
-        for site in found:
-            self.squares[site.name] = torch.zeros(max(site.experts, 1), site.inputs, dtype=torch.float64)
-            self.counts[site.name] = torch.zeros(max(site.experts, 1), dtype=torch.int64)
-        stacked = [site.name for site in found if site.experts]
-        self._up, self._down = stacked if stacked else ("", "")
-        self._batch: Batch | None = None
-
-    def batch(self, number: int, batch: Batch) -> None:
-        """The batch that passes next."""
-        self._batch = batch
-
-    def norm(self, site: Site, expert: int = 0) -> Tensor | None:
-        """Root mean square of each input, [I] float32 on the CPU; None if no token came."""
-        count = int(self.counts[site.name][expert])
-        return (self.squares[site.name][expert] / count).sqrt().float() if count else None
-
-    def __enter__(self) -> Inputs:
-        self._stack = ExitStack()
-        if self._up:
-            assert self.moe is not None
-            self._stack.enter_context(observe(self.moe.experts, self))
-        for site in self.sites:
-            if not site.experts:
-                hook = site.module.register_forward_pre_hook(
-                    lambda module, args, site=site: self._linear(site, args[0])
-                )
-                self._stack.callback(hook.remove)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-    def _real(self, device: torch.device) -> Tensor | None:
-        assert self._batch is not None
-        mask = self._batch.mask_BL
-        return None if mask is None else mask.reshape(-1).to(device)
-
-    def _add(self, name: str, expert: int, x_RI: Tensor) -> None:
-        self.squares[name][expert] += x_RI.float().square().sum(0, dtype=torch.float64).cpu()
-        self.counts[name][expert] += len(x_RI)
-
-    def _linear(self, site: Site, x: Tensor) -> None:
-        assert self._batch is not None
-        x_TI = x.detach().reshape(-1, x.shape[-1])
-        real_T = self._real(x.device)
-        if real_T is not None:
-            if len(x_TI) != self._batch.ids_BL.numel():
-                raise ModelError(
-                    f"{site.name} received {len(x_TI)} rows of a batch of {self._batch.ids_BL.numel()} tokens: padding"
-                    " cannot be told from text",
-                    "Calibrate with packed text (--pack), which has no padding.",
-                )
-            x_TI = x_TI[real_T]
-        self._add(site.name, 0, x_TI)
-
-    # -- the tap of the experts forward
-
-    def routed(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> bool:
-        self._slots = index_TK.shape[-1]
-        self._real_T = self._real(x_TH.device)
-        return True
-
-    def _rows(self, row_R: Tensor, x_RI: Tensor) -> Tensor:
-        return x_RI.detach() if self._real_T is None else x_RI.detach()[self._real_T[row_R // self._slots]]
-
-    def inner(self, expert: int, row_R: Tensor, inner_RI: Tensor) -> None:
-        self._add(self._down, expert, self._rows(row_R, inner_RI))
-
-    def expert(self, expert: int, row_R: Tensor, x_RH: Tensor, y_RH: Tensor) -> None:
-        self._add(self._up, expert, self._rows(row_R, x_RH))
-
-    def combined(self, sum_TH: Tensor) -> None:
-        """Nothing to add up of the sum."""
 
 
 class SparseOutput(Output):
@@ -417,7 +292,7 @@ class _Run:
             for expert in range(max(site.experts, 1)):
                 norm_I = inputs.norm(site, expert)
                 if norm_I is not None:
-                    matrix_OI = _matrix(weight, site, expert)
+                    matrix_OI = matrix(weight, site, expert)
                     yield self.method.importance(matrix_OI, norm_I.to(matrix_OI.device))
 
     def _prune(self, index: int, inputs: Inputs | None) -> None:
@@ -440,13 +315,13 @@ class _Run:
                         unreached.add(expert)
                     else:
                         figures["unreached_linears"] += 1
-                matrix_OI = _matrix(kept, site, expert)
+                matrix_OI = matrix(kept, site, expert)
                 on_device = norm_I if norm_I is None else norm_I.to(matrix_OI.device)
                 if site.experts:
                     before[expert].add(matrix_OI)
                 gone_OI = self.method.dropped(self.method.importance(matrix_OI, on_device), share)
                 matrix_OI.masked_fill_(gone_OI, 0)
-                _matrix(live, site, expert).masked_fill_(gone_OI, 0)
+                matrix(live, site, expert).masked_fill_(gone_OI, 0)
                 if site.experts:
                     after[expert].add(matrix_OI)
                 zeros += int((matrix_OI == 0).sum())
@@ -530,13 +405,6 @@ class _Run:
             propagate=True,
             sparsity=summary,
         )
-
-
-def _matrix(weight: Tensor, site: Site, expert: int) -> Tensor:
-    """[O, I] view of one matrix of a site."""
-    if not site.experts:
-        return weight
-    return weight[expert].T if site.transposed else weight[expert]
 
 
 def sparse_bytes(weights: int, zeros: int, itemsize: int) -> int:
