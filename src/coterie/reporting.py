@@ -10,7 +10,6 @@ from typing import Any
 
 from coterie.analysis.report import DomainQuality, LayerRow, Report, Size, Variant
 from coterie.compression.methods import methods
-from coterie.compression.plan import Plan
 from coterie.errors import DataError
 from coterie.evaluation.compare import ModelResult
 from coterie.profiling.profile import LayerProfile
@@ -104,7 +103,7 @@ def _size(entry: Mapping[str, int]) -> Size:
 
 def _layers(folder: Path, loads: Mapping[int, LayerProfile]) -> list[LayerRow]:
     rows = []
-    for layer in Plan.load(folder / "plan.json").layers:
+    for layer in load_plan(folder / "plan.json").layers:
         seen = loads.get(layer.index)
         load = None
         if seen is not None and "count_E" in seen.stats:

@@ -26,9 +26,12 @@ from coterie.anatomy.forms import Form, Linears, apply_forms, apply_linears, for
 from coterie.anatomy.layers import MoELayer, moe_layers
 from coterie.anatomy.slicing import select
 from coterie.errors import CheckpointError, ModelError
+from coterie.experts.packed import damaged
 
 METHOD, FORMAT = "coterie", 1
-KNOWN = frozenset({"layers", "linears"})  # entries of a header this version can rebuild, beside the sizes of layers
+KNOWN = frozenset(
+    {"layers", "linears", "checksums"}
+)  # entries of a header this version can rebuild, beside the sizes of layers
 _ACCESS = "allow_global_per_layer_attribute_access"  # without it, building the model stops at the ambiguous count
 
 
@@ -109,6 +112,24 @@ def rebuild(model: nn.Module, header: Mapping[str, Any]) -> None:
             raise CheckpointError(f"per_layer_config does not fit the model: {error.message}", error.hint) from error
     apply_forms(model, forms_of(header))
     apply_linears(model, linears_of(header))
+
+
+def check_codes(model: nn.Module, header: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if codes of a model just loaded are not those that were written."""
+    if name := damaged(model, checksums_of(header)):
+        raise damage(name)
+
+
+def checksums_of(header: Any) -> dict[str, int]:
+    """{tensor, by the model's name: CRC-32 of its bytes} of a header. Raises CheckpointError if it is no such table."""
+    found = header.get("checksums", {}) if isinstance(header, Mapping) else {}
+    if not isinstance(found, dict) or not all(isinstance(value, int) for value in found.values()):
+        raise CheckpointError("config.json: quantization_config.checksums is no table of numbers")
+    return found
+
+
+def damage(name: str) -> CheckpointError:
+    return CheckpointError(f"{name} is damaged: its bytes are not those that were written", "Fetch the file again.")
 
 
 def _any(count: int, layer: MoELayer) -> list[int]:

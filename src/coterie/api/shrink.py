@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from coterie import comparison
 from coterie.compression import padding
+from coterie.compression.bits import load_plan
 from coterie.compression.compress import Result, run_forecast
 from coterie.compression.compress import compress as run_compress
 from coterie.compression.factorizing.mc_smoe import McSmoe
@@ -18,6 +19,8 @@ from coterie.compression.forecast import Forecast
 from coterie.compression.methods import OwnJob, get_method
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.planning import make_plan, plan_method
+from coterie.compression.quantize import plan_bits, quantize_checkpoint, quantize_forecast
+from coterie.compression.quantizing.base import Quantizer
 from coterie.compression.recipe import ORIGINAL, Recipe, RecipeHeal
 from coterie.compression.selector import Budget, parse_layers, parse_protect
 from coterie.compression.slim import slim, slim_forecast
@@ -64,7 +67,7 @@ def budget_of(
 
 def plan(
     model: str,
-    profile: str | Profile,
+    profile: str | Profile | None = None,
     *,
     method: str = "reap",
     parameters: dict[str, Any] | None = None,
@@ -72,10 +75,25 @@ def plan(
     runtime: Runtime | None = None,
     **budget: Any,
 ) -> Plan:
-    """Decide, on a finished profile, which experts stay. Keywords beyond these are `budget_of`'s (keep=0.5, ...)."""
+    """Decide, on a finished profile, which experts stay, or how many bits each gets.
+
+    Keywords beyond these are `budget_of`'s (keep=0.5, ...); a method that quantizes takes `protect` of them, and needs
+    no profile if it looks at weights alone.
+    """
     streamed = (runtime or Runtime()).open(model)
-    loaded = profile if isinstance(profile, Profile) else Profile.load(Path(profile))
+    loaded = Profile.load(Path(profile)) if isinstance(profile, str) else profile
     chosen = get_method(method, parameters)
+    if isinstance(chosen, Quantizer):
+        protected = budget_of(streamed, keep=1.0, protect=budget.pop("protect", ())).protect
+        _refuse_budget({k: v for k, v in budget.items() if v is not None}, chosen.how_much)
+        bits = plan_bits(streamed, model, method, chosen, loaded, protected)
+        if out is not None:
+            bits.save(Path(out))
+        return bits
+    if loaded is None:
+        raise UsageError(
+            f"{method} plans on a finished profile", "Make one with `coterie profile` and name it with --profile."
+        )
     result = make_plan(streamed, model, method, chosen, budget_of(streamed, **budget), loaded)
     if out is not None:
         result.save(Path(out))
@@ -109,6 +127,7 @@ JOBS: dict[type[OwnJob], tuple[Callable[..., Result], Callable[..., Forecast]]] 
     Sparsifier: (sparsify, sparsify_forecast),
     SlimMoE: (slim, slim_forecast),
     McSmoe: (_factorize, _factorize_forecast),
+    Quantizer: (quantize_checkpoint, quantize_forecast),
 }
 
 _NO_BUDGET: dict[str, Any] = {"scope": "uniform", "minimum": 1, "protect": ()}  # what says nothing
@@ -134,7 +153,7 @@ def prepare(
     runtime = runtime or Runtime()
     text = {name: options.pop(name) for name in _TEXT if name in options}
     budget = {name: value for name, value in options.items() if value is not None}
-    ready_plan = Plan.load(Path(plan)) if isinstance(plan, str) else plan
+    ready_plan = load_plan(Path(plan)) if isinstance(plan, str) else plan
     ready_profile = Profile.load(Path(profile)) if isinstance(profile, str) else profile
     if ready_plan is not None and (budget or ready_profile):
         raise UsageError("a plan already says what stays: give it alone, without a budget or a profile")
@@ -144,7 +163,17 @@ def prepare(
     chosen = plan_method(ready_plan) if ready_plan else get_method(method, parameters)
     if isinstance(chosen, OwnJob):
         return _prepare_job(
-            model, chosen, method, runtime, data, seed, text, budget, profile=profile, plan=plan, propagate=propagate
+            model,
+            chosen,
+            ready_plan.method if ready_plan else method,
+            runtime,
+            data,
+            seed,
+            text,
+            budget,
+            profile=ready_profile,
+            plan=ready_plan,
+            propagate=propagate,
         )
     if chosen.keeps_all:
         _refuse_budget(budget, f"see `coterie methods {method}`", profile=profile, propagate=propagate)
@@ -182,17 +211,22 @@ def _prepare_job(
     budget: dict[str, Any],
     **other: Any,
 ) -> dict[str, Any]:
-    """The checked request of a method with a job of its own: it has no budget of experts, no profile and no plan."""
-    _refuse_budget(budget, method.how_much, **other)
+    """The checked request of a method with a job of its own: it has no budget of experts, and of protected experts,
+    profile and plan what it takes."""
+    taken = {key: value for key, value in other.items() if key in method.takes}
+    protected = budget.pop("protect", ()) if "protect" in method.takes else ()
+    _refuse_budget(budget, method.how_much, **{key: value for key, value in other.items() if key not in taken})
     method.check()
     streamed = runtime.open(model)
+    if "protect" in method.takes:
+        taken["protected"] = budget_of(streamed, keep=1.0, protect=protected).protect
     found = calibration(model, data, seed=seed, runtime=runtime, **text) if method.needs_text else None
-    if method.needs_text and found is None:
+    if method.needs_text and found is None and not any(taken.get(key) for key in ("profile", "plan")):
         raise UsageError(f"{name} looks at text, and no text was given", method.without_text)
     if found is not None:
         check_ids(found, vocabulary_of(streamed))
     memory = parse_size(runtime.memory, least=0)
-    request = {"streamed": streamed, "model": model, "method": method, "name": name, "data": found}
+    request = {"streamed": streamed, "model": model, "method": method, "name": name, "data": found, **taken}
     if "teacher" in type(method).model_fields:
         teacher = getattr(method, "teacher")  # noqa: B009
         request["teacher"] = None if teacher in (None, ORIGINAL, model) else runtime.open(str(teacher))

@@ -280,6 +280,8 @@ def _show_result(result: Any, out: str, elapsed: float, report: bool) -> None:
         say(f"sparsity {spoken_sparsity(sparsity)}")
         sparse = gigabytes(sparsity["bytes_if_stored_sparse"])
         say(f"a bit mask and the other values would take {sparse}; this checkpoint does not")
+    if told := result.record.get("quantization"):
+        say(f"experts have {told['expert_bits']:.3f} bits per weight, scales not counted; sizes are those of files")
     resumed = ", resumed" if result.resumed else ""
     say(
         f"{result.sweeps} sweep{'s' if result.sweeps > 1 else ''}, {gigabytes(result.bytes_read)} read,"

@@ -22,6 +22,7 @@ import torch
 from coterie.compression.apply import Output
 from coterie.compression.forecast import Forecast, forecast, redundancy
 from coterie.compression.methods import Method
+from coterie.compression.observing import Seen, profile_first
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.planning import (
     check_editable,
@@ -37,7 +38,7 @@ from coterie.compression.sizes import Size, measure, measure_written
 from coterie.errors import UsageError
 from coterie.profiling.observe import LayerObservation, unique
 from coterie.profiling.observers import MeanOutput, Observer, SelectionCount
-from coterie.profiling.profile import LayerProfile, Profile, load_layers, save_layers
+from coterie.profiling.profile import LayerProfile, Profile
 from coterie.profiling.run import survey
 from coterie.streaming.lockstep import Progress, States, Step, sweep
 from coterie.streaming.model import StreamedModel
@@ -265,7 +266,9 @@ class _Run:
         if self.one_sweep:
             return {}
         if self.needs_data:
-            self._profile_first(states, progress)
+            assert self.data is not None
+            watched = unique([*self.observed, *FORECAST])
+            self.layers |= profile_first(self.streamed, self.data, watched, self.work, states, progress)
         elif self.observed:
             self.layers = survey(self.streamed, self.observed, progress)
         assert self.budget is not None
@@ -289,25 +292,6 @@ class _Run:
             progress.layer(index)
         self.streamed.forget_buffers()
         progress.done()
-
-    def _profile_first(self, states: States, progress: Progress) -> None:
-        """One sweep that only profiles. A restart goes on after the last whole layer."""
-        assert self.data is not None
-        for line in self.work.journal():
-            if "seen" in line:
-                self.layers |= load_layers(self._seen(line["seen"]), [line["profile"]])
-        if self.layers.keys() == self.streamed.moe.keys():
-            return
-        kept = states.kept()
-        first = 0 if kept is None else kept + 1
-        if any(index < first and index not in self.layers for index in self.streamed.moe):
-            first = 0
-        for step in sweep(self.streamed, self.data.batches, states=states, first=first, progress=progress):
-            if step.index in self.streamed.moe:
-                self.layers[step.index] = self._observe(step)
-                self.work.record({"seen": step.index, "profile": self._remember(step.index)})
-            else:
-                step.run()
 
     def _apply_on_text(self, plans: Mapping[int, LayerPlan], states: States, progress: Progress) -> None:
         """A second sweep with the text: each layer is looked at again, edited and written."""
@@ -342,7 +326,7 @@ class _Run:
             if line["layer"] < first:
                 plans[line["layer"]] = LayerPlan.model_validate(line["plan"])
                 self.figures[line["layer"]] = line["figures"]
-                self.layers |= load_layers(self._seen(line["layer"]), [line["profile"]])
+                self.layers[line["layer"]] = Seen(self.work).again(line["layer"], line["profile"])
         for index in range(first):
             self.output.mark_written(index)
         forecast_due = True
@@ -390,17 +374,8 @@ class _Run:
         figures = self.figures.get(plan.index, {})
         line = {"layer": plan.index, "plan": plan.model_dump(mode="json"), "figures": figures}
         if self.one_sweep:  # a resumed run reports on these layers too
-            line["profile"] = self._remember(plan.index)
+            line["profile"] = Seen(self.work).keep(self.layers[plan.index])
         self.work.record(line)
-
-    def _remember(self, index: int) -> dict[str, Any]:
-        """Keep the profile of one layer for a restart; returns what the journal has to say of it."""
-        self._seen(index).parent.mkdir(exist_ok=True)
-        save_layers(self._seen(index), [self.layers[index]])
-        return self.layers[index].describe()
-
-    def _seen(self, index: int) -> Path:
-        return self.work.folder / "seen" / f"{index:04d}.safetensors"
 
     # -- records --------------------------------------------------------------------------------------------------
 

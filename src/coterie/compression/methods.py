@@ -199,11 +199,13 @@ class Keeper(Method):
 class OwnJob(Keeper):
     """Base of methods that change weights in a job of their own, not layer by layer (see `api.shrink.JOBS`).
 
-    how_much : what says how much is changed, for a hint. on_the_fly : why methods of this kind cannot be compared
+    how_much : what says how much is changed, for a hint. takes : of what else says what happens (protect, profile,
+    plan), what it understands. on_the_fly : why methods of this kind cannot be compared
     without writing a checkpoint. without_text : what to do where text is missing.
     """
 
     how_much: ClassVar[str] = ""
+    takes: ClassVar[frozenset[str]] = frozenset()
     without_text: ClassVar[str] = "Name some with --data."
     on_the_fly: ClassVar[str] = ""
 
@@ -252,7 +254,7 @@ def method(name: str, *, kind: str, paper: str) -> Callable[[M], M]:
 
 def methods() -> dict[str, Registered]:
     """All methods by name; importing a file in a method folder is enough to be listed."""
-    for family in ("pruning", "merging", "factorizing", "editing", "sparsifying", "slimming"):
+    for family in ("pruning", "merging", "factorizing", "editing", "sparsifying", "slimming", "quantizing"):
         package = importlib.import_module(f"coterie.compression.{family}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")

@@ -14,6 +14,7 @@ from coterie.compression.selector import Budget, check_protect, counts_for
 from coterie.compression.sizes import Size, measure
 from coterie.errors import UsageError
 from coterie.experts.compressed import is_compressed
+from coterie.experts.packed import packed_modules
 from coterie.profiling.profile import LayerProfile, Profile
 from coterie.streaming.model import StreamedModel
 
@@ -79,6 +80,12 @@ def check_editable(streamed: StreamedModel, method: Method) -> None:
             f"the experts of layer {compressed[0]} are compressed experts: their vectors stand in for experts as they"
             " are",
             "Remove, merge or edit experts first; compressed-experts comes last.",
+        )
+    quantized = next(packed_modules(streamed.model), None)
+    if quantized is not None:
+        raise UsageError(
+            f"{quantized[0]} is quantized, and its codes cannot be edited",
+            "Remove, merge or heal first, from the checkpoint it was made from; quantize last.",
         )
     method.check_model(streamed.moe)
     factored = [index for index, layer in streamed.moe.items() if layer.bank.factored]

@@ -143,7 +143,8 @@ class Inputs:
             self._passing.append((x, site.name))
         if self.first_of.setdefault(site.name, leader) != leader:
             raise ModelError(
-                f"{site.name} is given the inputs of {leader} in one batch only", "Use --set quantizer=rtn."
+                f"{site.name} is given the inputs of {leader} in some batches only: their moments cannot be told apart",
+                "Quantize without data: --set quantizer=hqq.",
             )
         if leader == site.name and site.name not in self.grams:
             self.grams[site.name] = torch.zeros(1, site.inputs, site.inputs)

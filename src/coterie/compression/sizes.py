@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from coterie.anatomy import slice_names
+from coterie.experts.packed import logical_sizes
 from coterie.streaming.model import StreamedModel
 from coterie.streaming.writer import Spec
 
@@ -46,8 +47,9 @@ def spoken_experts(size: Mapping[str, int]) -> str:
 
 def measure(streamed: StreamedModel) -> Size:
     """Size of a checkpoint, from its headers alone."""
-    tensors = streamed.checkpoint.tensors
-    return _size(streamed, {key: (info.numel, info.nbytes) for key, info in tensors.items()}, streamed.params)
+    tensors, packed = streamed.checkpoint.tensors, logical_sizes(streamed.model)
+    sizes = {key: (packed.get(streamed.params[key] or "", info.numel), info.nbytes) for key, info in tensors.items()}
+    return _size(streamed, sizes, streamed.params)
 
 
 def measure_written(

@@ -17,6 +17,8 @@ What codes mean stands in `packing`.
 from __future__ import annotations
 
 import itertools
+import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -288,3 +290,33 @@ def assembled(coded: Sequence[Coded | Tensor], shape: tuple[int, int], dtype: to
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of everything that is packed."""
     return ((name, module) for name, module in model.named_modules() if is_packed(module))
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes: codes that were damaged look like any others."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def damaged(model: nn.Module, checksums: Mapping[str, int]) -> str | None:
+    """The first tensor of codes in a loaded model that is not what was written, by path; None if all are."""
+    for path, module in packed_modules(model):
+        for name, codes in module.named_buffers(prefix=path, recurse=False):
+            if name in checksums and codes.device.type != "meta" and checksum(codes) != checksums[name]:
+                return name
+    return None
+
+
+def logical_sizes(model: nn.Module) -> dict[str, int]:
+    """{tensor of a packed module: how many weights of the model it stands for}; scales and zeros stand for none."""
+    found: dict[str, int] = {}
+    for path, module in packed_modules(model):
+        if isinstance(module, PackedLinear):
+            found |= {f"{path}.scale": 0, f"{path}.zero": 0}
+            found[f"{path}.packed"] = math.prod(module.stack().shape)
+            continue
+        assert isinstance(module, Packed)
+        for p, bits in module.packed_bits.items():
+            quantized = sum(b != PLAIN for b in bits)
+            found |= {f"{path}.scale_{p}": 0, f"{path}.zero_{p}": 0}
+            found[f"{path}.packed_{p}"] = quantized * math.prod(module.packed_shapes[p])
+    return found

@@ -31,9 +31,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from coterie.anatomy import MoELayer, decoder_layers, is_experts_module, moe_layers
 from coterie.anatomy.architectures import model_class_of
-from coterie.anatomy.uneven import is_coterie, rebuild
+from coterie.anatomy.uneven import checksums_of, damage, is_coterie, rebuild
 from coterie.errors import CheckpointError, CoterieError
 from coterie.experts import forward as experts_forward
+from coterie.experts.packed import checksum
 from coterie.streaming.checkpoint import DTYPES, Checkpoint
 from coterie.streaming.config import choose_compute_dtype, one_line, read_config
 from coterie.streaming.fused import fused_layouts
@@ -102,6 +103,7 @@ class StreamedModel:
                 self.layer_keys[int(param[len(self.prefix) + 1 :].split(".")[0])].append(key)
             else:
                 self.outer_keys.append(key)
+        self._checksums = checksums_of(checkpoint.raw_config.get("quantization_config"))
         checkpoint.on_read = self._on_read
         self.on_read: Any = None
         self._errors: list[CoterieError] = []
@@ -341,6 +343,9 @@ class StreamedModel:
         return self.compute_dtype
 
     def _on_read(self, key: str, tensor: Tensor) -> None:
+        written = self._checksums.get(self.params[key] or "")
+        if written is not None and checksum(tensor) != written:
+            self._errors.append(damage(str(self.params[key])))
         checked = not self.allow_nonfinite and tensor.dtype in _EXPONENT and tensor.numel() > 0
         if checked and not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())

@@ -1,0 +1,88 @@
+"""What a method that quantizes is: it gives bits to experts and linear layers; how they are rounded is a parameter.
+
+The engine (`compression.quantize`) measures what a method asks for, carries its allocation out and writes; it is not
+known here. Routers, gates with a single output, norms, embeddings and the head always stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from coterie.compression.bits import Allocation, Grids, Linear, Role, Widths, linears_of, shapes_of
+from coterie.compression.methods import OwnJob, Pick
+from coterie.errors import UsageError
+from coterie.profiling.profile import LayerProfile
+from coterie.streaming.model import StreamedModel
+
+Bits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16]
+
+
+class Quantizer(OwnJob):
+    """Base of all methods that store weights in few bits."""
+
+    how_much: ClassVar[str] = "how many bits is a parameter, e.g. --set bits=4"
+    without_text: ClassVar[str] = "Name some with --data, or round without text: --set quantizer=hqq."
+    on_the_fly: ClassVar[str] = "it rounds layer after layer on its own text"
+    takes: ClassVar[frozenset[str]] = frozenset({"protect", "profile", "plan"})
+    others: ClassVar[int | None] = None  # bits of linear layers unless said; None: those of `bits`
+
+    attention_bits: Bits | None = Field(None, description="Bits of attention's linear layers; 16 leaves them.")
+    shared_bits: Bits | None = Field(None, description="Bits of shared experts.")
+    dense_bits: Bits | None = Field(None, description="Bits of feed-forward blocks without experts.")
+    group_size: int = Field(128, ge=1, le=2**20, description="Neighbouring inputs that share a scale.")
+    symmetric: bool = Field(False, description="Without zero points; what vLLM and transformers load packed.")
+    quantizer: Literal["rtn", "hqq", "gptq"] = Field(
+        "gptq", description="How weights are rounded: rtn to the nearest, hqq without text, gptq by inputs on text."
+    )
+    damp: float = Field(0.01, ge=1e-6, le=1, description="gptq: added to the diagonal of H, as share of its mean.")
+    least_share: float = Field(
+        0.005, ge=0, le=1, description="gptq: an expert that sees a smaller share of the tokens is rounded to nearest."
+    )
+
+    @property
+    def needs_text(self) -> bool:
+        """To round by inputs, or to allocate."""
+        return self.quantizer == "gptq" or any(observer.needs_text for observer in self.observes())
+
+    @property
+    def grids(self) -> Grids:
+        return Grids(group=self.group_size, symmetric=self.symmetric, quantizer=self.quantizer)
+
+    def check(self) -> None:
+        """Raise UsageError for parameters that do not go together."""
+        if self.quantizer == "hqq" and self.symmetric:
+            raise UsageError("hqq looks for zero points, which a symmetric grid does not have", "Choose gptq or rtn.")
+
+    def allocate(self, streamed: StreamedModel, layers: Mapping[int, LayerProfile]) -> Allocation:
+        """Bits of every matrix. layers : the statistics of `observes`."""
+        raise NotImplementedError
+
+    def role_bits(self, role: Role) -> int:
+        """Bits of the linear layers of one role."""
+        said: int | None = getattr(self, f"{role}_bits")
+        if said is not None:
+            return said
+        return self.others if self.others is not None else int(getattr(self, "bits", 16))
+
+    def linears(self, streamed: StreamedModel) -> dict[str, int]:
+        """{path: bits} of all linear layers by their role, those that stay left out."""
+        found: list[Linear] = [n for index in range(len(streamed.layers)) for n in linears_of(streamed, index)]
+        return {n.name: bits for n in found if (bits := self.role_bits(n.role)) != 16}
+
+    def pick(self, *given: Any) -> Pick:
+        raise UsageError(
+            f"{type(self).__name__} stores experts in fewer bits and removes none",
+            "Use it with `coterie compress MODEL OUT --method ...` or `coterie plan --method ...`.",
+        )
+
+    def pick_all(self, *given: Any) -> dict[int, Pick]:
+        self.pick()
+        raise AssertionError
+
+
+def everywhere(streamed: StreamedModel, bits: int) -> dict[int, Widths]:
+    """The same bits for every expert of every layer."""
+    return {index: {p: [bits] * moe.bank.num_experts for p in shapes_of(moe)} for index, moe in streamed.moe.items()}

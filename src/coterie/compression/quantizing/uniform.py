@@ -1,0 +1,23 @@
+"""The same bits for every expert: what all other allocations are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import Field
+
+from coterie.compression.bits import Allocation
+from coterie.compression.methods import method
+from coterie.compression.quantizing.base import Bits, Quantizer, everywhere
+from coterie.profiling.profile import LayerProfile
+from coterie.streaming.model import StreamedModel
+
+
+@method("quantize", kind="quantizing", paper="arXiv:2210.17323")
+class Uniform(Quantizer):
+    """The same bits everywhere, rounded by GPTQ, HQQ or to the nearest; other bits for attention or shared experts."""
+
+    bits: Bits = Field(4, description="Bits of routed experts, and of all that is not said otherwise.")
+
+    def allocate(self, streamed: StreamedModel, layers: Mapping[int, LayerProfile]) -> Allocation:
+        return Allocation(everywhere(streamed, self.bits), self.linears(streamed))
