@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.analysis.report import DomainQuality, LayerRow, Report, Size, Variant
+from coterie.compression.bits import load_plan
 from coterie.compression.methods import methods
 from coterie.errors import DataError
 from coterie.evaluation.compare import ModelResult

@@ -487,7 +487,11 @@ class _Run:
         everything = 0 if self.data is None else sum(self.data.tokens.values())
         options: dict[str, Any] = {}
         if grids.quantizer == "gptq":
-            options = {"damp": method.damp, "least_share": method.least_share}
+            options = {
+                "damp": method.damp,
+                "fallback_share": method.least_share,
+                "fallback_rows": method.least_tokens,
+            }
         return quantize(
             w_OI,
             spec,

@@ -294,7 +294,7 @@ def packed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of a tensor's bytes: codes that were damaged look like any others."""
-    return zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return zlib.crc32(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
 
 def damaged(model: nn.Module, checksums: Mapping[str, int]) -> str | None:

@@ -41,6 +41,7 @@ class Quantizer(OwnJob):
     least_share: float = Field(
         0.005, ge=0, le=1, description="gptq: an expert that sees a smaller share of the tokens is rounded to nearest."
     )
+    least_tokens: int = Field(32, ge=1, description="gptq: and so is one that sees fewer tokens than this.")
 
     @property
     def needs_text(self) -> bool:
