@@ -155,7 +155,7 @@ def plan_bits(
     elif any(observer.needs_text for observer in method.observes()):
         raise UsageError(
             f"{name} allocates bits by what experts do on text, and no profile was given",
-            f"Make one: coterie profile {model} PROFILE --data TEXT --method {name}",
+            f"Make one: coterie profile {model} --out PROFILE --data TEXT --method {name}",
         )
     elif method.observes():
         layers = survey(streamed, list(method.observes()))
@@ -481,7 +481,14 @@ class _Run:
         w_OI = weight.detach().float()
         if not bool(torch.isfinite(w_OI).all()):
             raise CheckpointError(f"{where}: weights are NaN or infinite and cannot be rounded")
-        spec = Spec(bits, grids.group, grids.symmetric, packing.scale_dtype(stored))
+        spec = Spec(
+            bits,
+            grids.group,
+            grids.symmetric,
+            packing.scale_dtype(stored),
+            search=method.search,
+            float_zero=method.float_zero and not grids.symmetric,
+        )
         gram_II = None if inputs is None else inputs.gram(site, expert)
         tokens = 0 if inputs is None else inputs.tokens(site, expert)
         everything = 0 if self.data is None else sum(self.data.tokens.values())
@@ -489,6 +496,7 @@ class _Run:
         if grids.quantizer == "gptq":
             options = {
                 "damp": method.damp,
+                "compensate_inside": method.low_bit == "gptq" or bits > 3,
                 "fallback_share": method.least_share,
                 "fallback_rows": method.least_tokens,
             }

@@ -56,6 +56,8 @@ class LayerObservation:
 
     def __enter__(self) -> LayerObservation:
         self._stack = ExitStack()
+        for observer in self.observers:
+            observer.begin(self.layer)
         self._stack.enter_context(experts_forward.observe(self.layer.experts, self))
         handle = self.layer.router.register_forward_hook(self._router_hook)
         self._stack.callback(handle.remove)

@@ -98,6 +98,9 @@ class Observer:
     def __init__(self, shape: LayerShape) -> None:
         self.shape = shape
 
+    def begin(self, layer: MoELayer) -> None:
+        """Called once, before the first batch, while the layer is in memory."""
+
     def see_routing(self, routing: Routing) -> None:
         """Called once per batch."""
 

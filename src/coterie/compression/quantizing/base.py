@@ -37,6 +37,13 @@ class Quantizer(OwnJob):
     quantizer: Literal["rtn", "hqq", "gptq"] = Field(
         "gptq", description="How weights are rounded: rtn to the nearest, hqq without text, gptq by inputs on text."
     )
+    float_zero: bool = Field(
+        True, description="Zero points that are no integers: costs nothing here, and helps at 2 and 3 bits."
+    )
+    search: bool = Field(False, description="Try 101 ranges for every group and take the best; slow.")
+    low_bit: Literal["gptq", "mc"] = Field(
+        "gptq", description="gptq at 1 to 3 bits: whole, or as MC's code, where only blocks of 128 inputs make up."
+    )
     damp: float = Field(0.01, ge=1e-6, le=1, description="gptq: added to the diagonal of H, as share of its mean.")
     least_share: float = Field(
         0.005, ge=0, le=1, description="gptq: an expert that sees a smaller share of the tokens is rounded to nearest."
