@@ -42,6 +42,7 @@ class LayerObservation:
         self._with_all = [o for o in self.observers if o.watches_all]
         self._with_sum = [o for o in self.observers if o.watches_sum]
         self._with_inner = [o for o in self.observers if o.watches_inner]
+        self._with_block = [o for o in self.observers if o.watches_block]
         self._needs_residual = any(o.needs_residual for o in self.observers)
         self._normed: dict[int, tuple[Tensor, Tensor]] = {}  # output's address: (input, output) of a norm
         self.tokens = 0
@@ -61,6 +62,8 @@ class LayerObservation:
         self._stack.enter_context(experts_forward.observe(self.layer.experts, self))
         handle = self.layer.router.register_forward_hook(self._router_hook)
         self._stack.callback(handle.remove)
+        if self._with_block:
+            self._stack.callback(self.layer.block.register_forward_hook(self._block_hook).remove)
         if self._needs_residual:
             for module in self.layer.decoder.modules():
                 if is_norm(module, self.layer.bank.hidden_size):
@@ -72,6 +75,13 @@ class LayerObservation:
 
     def _norm_hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._normed[output.data_ptr()] = (args[0], output)  # the output is held, so its address stays its own
+
+    def _block_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        block_BLH = output[0] if isinstance(output, tuple) else output
+        block_TH = block_BLH.detach().reshape(-1, block_BLH.shape[-1])
+        real_TH = block_TH if self._real_T is None else block_TH[self._real_T]
+        for observer in self._with_block:
+            observer.see_block(self._routing, real_TH)
 
     def _residual(self, x_TH: Tensor) -> Tensor | None:
         """The hidden state that a norm turned into the experts' inputs, [T, H]."""

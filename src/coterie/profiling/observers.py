@@ -90,6 +90,7 @@ class Observer:
     watches_sum: ClassVar[bool] = False
     watches_all: ClassVar[bool] = False
     watches_inner: ClassVar[bool] = False
+    watches_block: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False
     needs_residual: ClassVar[bool] = False
     needs_text: ClassVar[bool] = True
@@ -112,6 +113,9 @@ class Observer:
 
     def see_sum(self, routing: Routing, sum_TH: Tensor) -> None:
         """Called once per batch after all experts ran, only if `watches_sum`: the routed experts' weighted sum."""
+
+    def see_block(self, routing: Routing, block_TH: Tensor) -> None:
+        """Called once per batch after the block ran, only if `watches_block`: its output, shared experts included."""
 
     def see_dense(self, y_ETH: Tensor) -> None:
         """Called once per chunk of tokens, only if `watches_all`: f_e(x) of all experts, float32, before any gate.
