@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "build_patterns",
     "compare",
+    "compare_at_size",
     "compress",
     "evaluate",
     "export",

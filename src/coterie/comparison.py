@@ -182,11 +182,13 @@ def compare(
                 f"Write it with `coterie compress --method {entry.name}` and name the result with --checkpoint.",
             )
     size = measure(streamed)
-    observers = _observers(streamed, methods, budgets, size)
     read = streamed.checkpoint.bytes_read
-    profile = profile_model(
-        streamed, calibration, observers, model=model, states=States(limit=memory), progress=progress
-    )
+    profile = Profile(model, streamed.checkpoint.digest(), calibration.digest, calibration.domains, {})
+    if methods:  # checkpoints alone were judged by nothing
+        observers = _observers(streamed, methods, budgets, size)
+        profile = profile_model(
+            streamed, calibration, observers, model=model, states=States(limit=memory), progress=progress
+        )
     pairs = [(e, m, b) for b in budgets for e, m in zip(entries, methods, strict=True) if not m.keeps_all]
     pairs += [(e, m, Budget(keep=1.0)) for e, m in zip(entries, methods, strict=True) if m.keeps_all]
     contenders = [_planned(streamed, model, entry, chosen, budget, profile, size) for entry, chosen, budget in pairs]
@@ -205,16 +207,17 @@ def compare(
     streamed.free_outer()
     judged = _judged(running, results, losses, seed)
     by_label = {c.label: c for c in judged}
-    settings = {"samples", "length", "tokens", "sources"}
     return Comparison(
         model,
         results[0],
         size,
         [by_label.get(c.label, c) for c in contenders],
-        sweeps=2 + len(checkpoints),
+        sweeps=1 + bool(methods) + len(checkpoints),
         bytes_read=read_here,
         domains=evaluation.domains,
-        calibration={**{k: v for k, v in profile.settings.items() if k in settings}, "digest": calibration.digest},
+        calibration={
+            **{name: getattr(calibration, name) for name in ("samples", "length", "tokens", "sources", "digest")}
+        },
         evaluation={"samples": evaluation.samples, "tokens": evaluation.tokens, "digest": evaluation.digest},
         warnings=[*calibration.warnings],
     )

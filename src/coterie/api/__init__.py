@@ -1,5 +1,6 @@
 """The Python API: what the command line does, as functions. Names and defaults are the same."""
 
+from coterie.api.at_size import compare_at_size
 from coterie.api.look import build_patterns, match_pattern, profile, super_experts
 from coterie.api.runtime import Runtime, calibration
 from coterie.api.shrink import budget_of, carry_out, compare, compress, export, forecast, plan, prepare, recipe_requests
@@ -13,6 +14,7 @@ __all__ = [
     "calibration",
     "carry_out",
     "compare",
+    "compare_at_size",
     "compress",
     "evaluate",
     "export",

@@ -80,7 +80,7 @@ def calibration(
     model: str,
     data: Sequence[str] = (),
     *,
-    tokens: str | None = None,
+    tokens: str | TokenData | None = None,
     tokenizer: str | None = None,
     samples: int = SAMPLES,
     length: int = LENGTH,
@@ -92,6 +92,8 @@ def calibration(
 ) -> TokenData | None:
     """Samples from text files, folders, dataset names (`data`) or a file of token ids (`tokens`); None if neither.
 
+    Samples made before may stand for `tokens`.
+
     demonstrations : that many of each domain's longest documents, one a sequence, instead of `samples` and `pack`.
     """
     runtime = runtime or Runtime()
@@ -99,6 +101,8 @@ def calibration(
         raise UsageError(f"{demonstrations} demonstrations are none", "EASY-EP works with 5 to 25.")
     if tokens is not None and data:
         raise UsageError("--data and --tokens both say what to run on", "Give one of them.")
+    if isinstance(tokens, TokenData):
+        return tokens
     if tokens is not None:
         return load_tokens(Path(tokens), batch_size)
     if not data:

@@ -15,6 +15,7 @@ from coterie.compression.bits import load_plan
 from coterie.compression.compress import Result, run_forecast
 from coterie.compression.compress import compress as run_compress
 from coterie.compression.factorizing.mc_smoe import McSmoe
+from coterie.compression.fitting import relative
 from coterie.compression.forecast import Forecast
 from coterie.compression.methods import OwnJob, get_method
 from coterie.compression.plan import LayerPlan, Plan
@@ -33,7 +34,7 @@ from coterie.streaming.checkpoint import Checkpoint
 from coterie.streaming.lockstep import Progress
 from coterie.streaming.model import StreamedModel
 from coterie.streaming.writer import DEFAULT_SHARD_BYTES, check_place, parse_size
-from coterie.text import check_ids, held_out
+from coterie.text import TokenData, check_ids, held_out
 
 if TYPE_CHECKING:
     from coterie.training.heal import Healed
@@ -57,12 +58,20 @@ def budget_of(
     return Budget(
         keep=keep,
         keep_experts=keep_experts,
-        target_bytes=parse_size(target_size) if isinstance(target_size, str) else target_size,
+        target_bytes=None if target_size is None else target_bytes(target_size, streamed),
         scope=scope,
         minimum=minimum,
         layers=parse_layers(layers, exclude_layers, sorted(streamed.moe)),
         protect=parse_protect([protect] if isinstance(protect, str) else list(protect), streamed.checkpoint.digest),
     )
+
+
+def target_bytes(size: str | int, streamed: StreamedModel) -> int:
+    """Bytes of a size as it is written: "12GB", "0.25x" of a checkpoint's tensors, or a number."""
+    if not isinstance(size, str):
+        return size
+    share = relative(size, streamed)
+    return parse_size(size) if share is None else share
 
 
 def plan(
@@ -85,6 +94,8 @@ def plan(
     chosen = get_method(method, parameters)
     if isinstance(chosen, Quantizer):
         protected = budget_of(streamed, keep=1.0, protect=budget.pop("protect", ())).protect
+        if (size := budget.pop("target_size", None)) is not None:
+            chosen = chosen.fitted(streamed, target_bytes(size, streamed))
         _refuse_budget({k: v for k, v in budget.items() if v is not None}, chosen.how_much)
         bits = plan_bits(streamed, model, method, chosen, loaded, protected)
         if out is not None:
@@ -215,9 +226,12 @@ def _prepare_job(
     profile and plan what it takes."""
     taken = {key: value for key, value in other.items() if key in method.takes}
     protected = budget.pop("protect", ()) if "protect" in method.takes else ()
+    size = budget.pop("target_size", None) if "target_size" in method.takes else None
     _refuse_budget(budget, method.how_much, **{key: value for key, value in other.items() if key not in taken})
     method.check()
     streamed = runtime.open(model)
+    if isinstance(method, Quantizer) and size is not None and taken.get("plan") is None:
+        method = method.fitted(streamed, target_bytes(size, streamed))
     if "protect" in method.takes:
         taken["protected"] = budget_of(streamed, keep=1.0, protect=protected).protect
     found = calibration(model, data, seed=seed, runtime=runtime, **text) if method.needs_text else None
@@ -438,6 +452,31 @@ def _check_heal(model: str, request: dict[str, Any], runtime: Runtime) -> None:
         raise UsageError("healing needs text", "Name some with --data, or under `data` in the recipe.")
 
 
+def two_texts(
+    model: str,
+    data: Sequence[str],
+    eval_data: Sequence[str],
+    eval_tokens: str | None,
+    eval_samples: int,
+    samples: int,
+    seed: int,
+    runtime: Runtime,
+    text: dict[str, Any],
+) -> tuple[TokenData, TokenData]:
+    """Text to calibrate and to evaluate on; from one text for both, no sequence is in both."""
+    separate = bool(eval_data) or eval_tokens is not None
+    tokens = text.pop("tokens", None)
+    more = 0 if separate else eval_samples
+    given = calibration(model, data, tokens=tokens, samples=samples + more, seed=seed, runtime=runtime, **text)
+    if given is None:
+        raise UsageError("comparing needs text", "Name some with --data.")
+    if not separate:
+        return held_out(given, given.samples // 2 if tokens is not None else samples)
+    second = calibration(model, eval_data, tokens=eval_tokens, samples=eval_samples, seed=seed, runtime=runtime, **text)
+    assert second is not None
+    return given, second
+
+
 def compare(
     model: str,
     data: Sequence[str] = (),
@@ -486,20 +525,7 @@ def compare(
         raise UsageError("say how much may stay", "For example --keep 0.75,0.5,0.25.")
     if out is not None:
         check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
-    separate = bool(eval_data) or eval_tokens is not None
-    tokens = text.pop("tokens", None)
-    more = 0 if separate else eval_samples
-    given = calibration(model, data, tokens=tokens, samples=samples + more, seed=seed, runtime=runtime, **text)
-    if given is None:
-        raise UsageError("comparing needs text", "Name some with --data.")
-    if separate:
-        other = calibration(
-            model, eval_data, tokens=eval_tokens, samples=eval_samples, seed=seed, runtime=runtime, **text
-        )
-        assert other is not None
-        first, second = given, other
-    else:
-        first, second = held_out(given, given.samples // 2 if tokens is not None else samples)
+    first, second = two_texts(model, data, eval_data, eval_tokens, eval_samples, samples, seed, runtime, text)
     streamed = runtime.open(model)
     for found in (first, second):
         check_ids(found, vocabulary_of(streamed))

@@ -34,6 +34,20 @@ def compare(
     keep_experts: Annotated[
         str | None, typer.Option(help="Numbers of experts per layer, e.g. 96,64.", show_default=False)
     ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of budgets: what is best at this size, 0.25x of the original or 2GB? --methods are chains"
+            " then, as reap+quantize:bits=8; by default five.",
+            show_default=False,
+        ),
+    ] = None,
+    work: Annotated[
+        str | None,
+        typer.Option(
+            help="With --target-size: folder for the checkpoints it writes, to keep them.", show_default=False
+        ),
+    ] = None,
     data: o.Data = None,
     eval_data: Annotated[
         list[str] | None,
@@ -67,38 +81,60 @@ def compare(
       coterie compare MODEL --methods frequency,reap,dern --keep 0.75,0.5 --data text/
 
       coterie compare MODEL --methods reap,hc-smoe --keep 0.5 --checkpoint MODEL-healed --data text/
+
+    With --target-size the question is another one: at so many bytes, fewer experts or fewer bits? Its checkpoints are
+    written, one after the other, for how weights are rounded depends on text.
+
+      coterie compare MODEL --target-size 0.25x --data text/
     """
     runtime = common.runtime()
     from coterie import api
+    from coterie.errors import UsageError
 
+    shared: dict[str, Any] = {
+        "methods": _names(methods or []),
+        "checkpoints": checkpoint or (),
+        "eval_data": eval_data or (),
+        "eval_tokens": eval_tokens,
+        "eval_samples": eval_samples,
+        "samples": samples,
+        "length": length,
+        "batch_size": batch_size,
+        "pack": pack,
+        "seed": seed,
+        "tokens": tokens,
+        "tokenizer": tokenizer,
+        "out": out,
+        "overwrite": overwrite,
+        "runtime": runtime,
+    }
+    budget: dict[str, Any] = {
+        "keep": _numbers(keep, "--keep", float),
+        "keep_experts": _numbers(keep_experts, "--keep-experts", int),
+        "scope": scope,
+        "minimum": minimum,
+        "layers": layers,
+        "exclude_layers": exclude_layers,
+        "protect": protect or (),
+    }
     with Bar("compare", enabled=not common.json) as bar:
-        result = api.compare(
-            model,
-            data or (),
-            methods=_names(methods or []),
-            checkpoints=checkpoint or (),
-            keep=_numbers(keep, "--keep", float),
-            keep_experts=_numbers(keep_experts, "--keep-experts", int),
-            eval_data=eval_data or (),
-            eval_tokens=eval_tokens,
-            eval_samples=eval_samples,
-            samples=samples,
-            length=length,
-            batch_size=batch_size,
-            pack=pack,
-            seed=seed,
-            tokens=tokens,
-            tokenizer=tokenizer,
-            scope=scope,
-            minimum=minimum,
-            layers=layers,
-            exclude_layers=exclude_layers,
-            protect=protect or (),
-            out=out,
-            overwrite=overwrite,
-            runtime=runtime,
-            progress=bar,  # type: ignore[arg-type]
-        )
+        if target_size is None:
+            if work is not None:
+                raise UsageError("--work is for --target-size: other comparisons write no checkpoint", "Leave it out.")
+            result = api.compare(model, data or (), **shared, **budget, progress=bar)  # type: ignore[arg-type]
+        else:
+            given = [name for name, value in budget.items() if value not in ([], (), None, "uniform", 1)]
+            if given:
+                option = given[0].replace("_", "-")
+                raise UsageError(f"--target-size already says how much: --{option} would be ignored", "Leave it out.")
+            result = api.compare_at_size(
+                model,
+                data or (),
+                target_size=target_size,
+                work=work,
+                **shared,
+                progress=bar,  # type: ignore[arg-type]
+            )
     if common.json:
         emit_json(result.describe())
     else:

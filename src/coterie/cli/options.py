@@ -47,7 +47,8 @@ _B = "Budget: how much stays"
 Keep = Annotated[float | None, typer.Option(help="Share of the experts, e.g. 0.5.", rich_help_panel=_B)]
 KeepExperts = Annotated[int | None, typer.Option(min=1, help="Experts per layer.", rich_help_panel=_B)]
 TargetSize = Annotated[
-    str | None, typer.Option(help="Size of the whole checkpoint, e.g. 12GB or 500MB.", rich_help_panel=_B)
+    str | None,
+    typer.Option(help="Size of the whole checkpoint: 12GB, 500MB, or 0.25x of what it was.", rich_help_panel=_B),
 ]
 Scope = Annotated[
     str,

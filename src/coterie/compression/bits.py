@@ -25,6 +25,7 @@ from torch import Tensor
 from coterie.anatomy import MoELayer
 from coterie.anatomy.forms import LARGEST_GROUP, ExpertBits, Linears, projection_shapes
 from coterie.compression.plan import Plan
+from coterie.compression.rewrite import layout
 from coterie.compression.sites import Site, sites
 from coterie.errors import UsageError
 from coterie.experts import packed, packing
@@ -201,6 +202,24 @@ def replaced(
                 )
                 fresh[index] |= _metas(f"{moe.experts_name}.", f"_{p}", parts)
     return gone, fresh
+
+
+def total_bytes(
+    streamed: StreamedModel, experts: Mapping[int, Widths], linears: Mapping[str, int], grids: Grids
+) -> int:
+    """Bytes of all tensors of a checkpoint with these widths."""
+    specs, _ = layout(streamed, *replaced(streamed, experts, linears, grids))
+    return sum(spec.nbytes for spec in specs)
+
+
+def expert_bytes(moe: MoELayer, bits: int, grids: Grids) -> int:
+    """Bytes that one expert of a layer takes at one width; biases, which stay, are not counted."""
+    shapes = shapes_of(moe).values()
+    if bits == PLAIN:
+        down = moe.experts.down_proj
+        assert isinstance(down, Tensor)
+        return sum(math.prod(shape) for shape in shapes) * down.element_size()
+    return sum(packing.coded_bytes(*shape, bits, grids.group, symmetric=grids.symmetric) for shape in shapes)
 
 
 def _metas(before: str, after: str, parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ reached is rounded to the nearest value, and the record says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from coterie.compression.bits import (
     protect,
     replaced,
     shapes_of,
+    total_bytes,
 )
 from coterie.compression.compress import Result
 from coterie.compression.forecast import Forecast, forecast
@@ -44,7 +46,6 @@ from coterie.compression.planning import check_editable, check_plan, check_profi
 from coterie.compression.quantizers import Report, Spec, quantize
 from coterie.compression.quantizing.base import Quantizer
 from coterie.compression.records import earlier_steps, record_of, versions
-from coterie.compression.rewrite import layout
 from coterie.compression.sites import Inputs, Site, sites
 from coterie.compression.sizes import Size, measure
 from coterie.errors import CheckpointError, UsageError
@@ -121,8 +122,6 @@ def make_bit_plan(
         if any(b != PLAIN for bits in widths.values() for b in bits)
     }
     check_widths(streamed, experts, made.linears)
-    gone, fresh = replaced(streamed, experts, made.linears, method.grids)
-    specs, _ = layout(streamed, gone, fresh)
     return BitPlan(
         model=model,
         model_digest=streamed.checkpoint.digest(),
@@ -133,7 +132,7 @@ def make_bit_plan(
         grids=method.grids,
         linears=made.linears,
         expert_bits=round(mean_bits(streamed.moe, experts), 6),
-        bytes=sum(spec.nbytes for spec in specs),
+        bytes=total_bytes(streamed, experts, made.linears, method.grids),
     )
 
 
@@ -551,7 +550,7 @@ class _Errors:
         entry = self.sums.setdefault(kind, [0.0, 0.0, 0.0, 0.0, 0.0])
         entry[0] += 1
         entry[1] += report.weight_error
-        if report.output_error is not None:
+        if not math.isnan(report.output_error):
             entry[2] += 1
             entry[3] += report.output_error
         entry[4] += report.fallback

@@ -7,7 +7,7 @@ known here. Routers, gates with a single output, norms, embeddings and the head 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -26,7 +26,7 @@ class Quantizer(OwnJob):
     how_much: ClassVar[str] = "how many bits is a parameter, e.g. --set bits=4"
     without_text: ClassVar[str] = "Name some with --data, or round without text: --set quantizer=hqq."
     on_the_fly: ClassVar[str] = "it rounds layer after layer on its own text"
-    takes: ClassVar[frozenset[str]] = frozenset({"protect", "profile", "plan"})
+    takes: ClassVar[frozenset[str]] = frozenset({"protect", "profile", "plan", "target_size"})
     others: ClassVar[int | None] = None  # bits of linear layers unless said; None: those of `bits`
 
     attention_bits: Bits | None = Field(None, description="Bits of attention's linear layers; 16 leaves them.")
@@ -80,6 +80,15 @@ class Quantizer(OwnJob):
         found: list[Linear] = [n for index in range(len(streamed.layers)) for n in linears_of(streamed, index)]
         return {n.name: bits for n in found if (bits := self.role_bits(n.role)) != 16}
 
+    def fitted(self, streamed: StreamedModel, target: int) -> Self:
+        """The same method with as many bits as the bytes of all tensors allow.
+
+        Raises UsageError if the target cannot be met, or this method has nothing to turn.
+        """
+        raise UsageError(
+            f"{type(self).__name__} has no bits to turn towards a size", "Use quantize, pmq or a quantmoe method."
+        )
+
     def pick(self, *given: Any) -> Pick:
         raise UsageError(
             f"{type(self).__name__} stores experts in fewer bits and removes none",
@@ -89,6 +98,14 @@ class Quantizer(OwnJob):
     def pick_all(self, *given: Any) -> dict[int, Pick]:
         self.pick()
         raise AssertionError
+
+
+def too_small(target: int, least: int, with_what: str) -> UsageError:
+    """What to say where a size cannot be met."""
+    return UsageError(
+        f"{target / 1e6:.2f} MB cannot be met: {with_what} takes {least / 1e6:.2f} MB",
+        "Raise --target-size, quantize attention too, or remove experts first.",
+    )
 
 
 def everywhere(streamed: StreamedModel, bits: int) -> dict[int, Widths]:

@@ -14,8 +14,9 @@ tells. Its eps is a sum of norms over batches of 8 samples, ours the norm over a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
 from pydantic import Field, field_validator
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from coterie.anatomy import MoELayer
 from coterie.compression.allocation import check_budget, integer_program
-from coterie.compression.bits import Allocation, shapes_of
+from coterie.compression.bits import Allocation, expert_bytes, shapes_of, total_bytes
 from coterie.compression.methods import method
-from coterie.compression.quantizing.base import Quantizer
+from coterie.compression.quantizing.base import Quantizer, too_small
 from coterie.compression.rounding import error_name, rounding_error
+from coterie.errors import UsageError
 from coterie.profiling.observers import GateMass, Observer, SelectionCount
 from coterie.profiling.profile import LayerProfile
 from coterie.streaming.model import StreamedModel
@@ -72,6 +74,24 @@ class Pmq(Quantizer):
         for layer in moe.values():
             E = layer.bank.num_experts
             check_budget(E, self.widths, self.budget(E), each_occurs=self.each_occurs)
+
+    def fitted(self, streamed: StreamedModel, target: int) -> Self:
+        linears, (low, high) = self.linears(streamed), (min(self.widths), max(self.widths))
+        small = {
+            index: {p: [low] * moe.bank.num_experts for p in shapes_of(moe)} for index, moe in streamed.moe.items()
+        }
+        least = total_bytes(streamed, small, linears, self.grids)
+        step = sum(  # bytes that one bit more for every expert takes
+            (expert_bytes(moe, high, self.grids) - expert_bytes(moe, low, self.grids)) * moe.bank.num_experts
+            for moe in streamed.moe.values()
+        ) / max(high - low, 1)
+        mean = min(low + (target - least) / step, high) if high > low else low
+        chosen = self.model_copy(update={"mean": math.floor(mean * 1000) / 1000})
+        try:
+            chosen.check_model(streamed.moe)
+        except UsageError:
+            raise too_small(target, least, f"{low} bits for every expert and some with more") from None
+        return chosen
 
     def allocate(self, streamed: StreamedModel, layers: Mapping[int, LayerProfile]) -> Allocation:
         made = Allocation({}, self.linears(streamed))

@@ -18,14 +18,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from coterie.compression.bits import ROLES, Allocation, Linear, Role, linears_of
+from coterie.compression.bits import ROLES, Allocation, Linear, Role, linears_of, total_bytes
 from coterie.compression.methods import method
-from coterie.compression.quantizing.base import Bits, Quantizer
-from coterie.compression.two_levels import Item, Matrix, Weights, allocate
+from coterie.compression.quantizing.base import Bits, Quantizer, too_small
+from coterie.compression.two_levels import Item, Matrix, Weights, allocate, mean_of
 from coterie.profiling.observers import Observer, SelectionCount
 from coterie.profiling.outliers import MATRICES, OutlierScore
 from coterie.profiling.profile import LayerProfile
@@ -53,6 +53,15 @@ class TwoLevels(Quantizer):
     def role_bits(self, role: Role) -> int:
         said: int | None = getattr(self, f"{role}_bits")
         return self.low if said is None else said
+
+    def fitted(self, streamed: StreamedModel, target: int) -> Self:
+        weights = Weights.of(streamed)
+        made = allocate(weights, self.low, {n.name: self.role_bits(n.role) for n in weights.linears}, [], None)
+        least = total_bytes(streamed, made.experts, made.linears, self.grids)
+        if least > target:
+            raise too_small(target, least, f"{self.low} bits for every expert")
+        mean = mean_of(weights, made) + 8 * (target - least) / weights.total
+        return self.model_copy(update={"mean": math.floor(mean * 1000) / 1000})
 
     def items(self, streamed: StreamedModel, layers: Mapping[int, LayerProfile], weights: Weights) -> list[Item]:
         """What deserves bits, first what deserves them most."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Self
 
 from pydantic import Field
 
-from coterie.compression.bits import Allocation
+from coterie.compression.bits import Allocation, total_bytes
 from coterie.compression.methods import method
-from coterie.compression.quantizing.base import Bits, Quantizer, everywhere
+from coterie.compression.quantizing.base import Bits, Quantizer, everywhere, too_small
+from coterie.experts.packed import PLAIN
+from coterie.experts.packing import WIDTHS
 from coterie.profiling.profile import LayerProfile
 from coterie.streaming.model import StreamedModel
 
@@ -21,3 +24,13 @@ class Uniform(Quantizer):
 
     def allocate(self, streamed: StreamedModel, layers: Mapping[int, LayerProfile]) -> Allocation:
         return Allocation(everywhere(streamed, self.bits), self.linears(streamed))
+
+    def fitted(self, streamed: StreamedModel, target: int) -> Self:
+        for bits in (16, *reversed(WIDTHS)):
+            chosen = self.model_copy(update={"bits": bits})
+            made = chosen.allocate(streamed, {})
+            experts = {} if bits == PLAIN else made.experts
+            size = total_bytes(streamed, experts, made.linears, self.grids)
+            if size <= target:
+                return chosen
+        raise too_small(target, size, "one bit everywhere")
