@@ -29,6 +29,7 @@ __all__ = [
     "score_tasks",
     "skipping",
     "super_experts",
+    "unpack",
 ]
 
 

@@ -3,7 +3,18 @@
 from coterie.api.at_size import compare_at_size
 from coterie.api.look import build_patterns, match_pattern, profile, super_experts
 from coterie.api.runtime import Runtime, calibration
-from coterie.api.shrink import budget_of, carry_out, compare, compress, export, forecast, plan, prepare, recipe_requests
+from coterie.api.shrink import (
+    budget_of,
+    carry_out,
+    compare,
+    compress,
+    export,
+    forecast,
+    plan,
+    prepare,
+    recipe_requests,
+    unpack,
+)
 from coterie.api.train import finetune, heal
 from coterie.api.use import evaluate, load, score_tasks, skipping
 
@@ -30,4 +41,5 @@ __all__ = [
     "score_tasks",
     "skipping",
     "super_experts",
+    "unpack",
 ]

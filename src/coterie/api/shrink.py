@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie import comparison
-from coterie.compression import padding
+from coterie.compression import exporting, padding
 from coterie.compression.bits import load_plan
 from coterie.compression.compress import Result, run_forecast
 from coterie.compression.compress import compress as run_compress
@@ -554,6 +554,24 @@ def compare(
     if out is not None:
         comparison.save(result, Path(out), overwrite=overwrite)
     return result
+
+
+def unpack(
+    model: str,
+    out: str,
+    form: exporting.Form,
+    *,
+    overwrite: bool = False,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+) -> exporting.Exported:
+    """A quantized checkpoint in the form other software reads: "dense" or "compressed-tensors", see
+    `coterie.compression.exporting`."""
+    if form not in exporting.FORMS:
+        raise UsageError(f"no form {form!r}", f"There is {', '.join(exporting.FORMS)}.")
+    check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
+    streamed = (runtime or Runtime()).open(model)
+    return exporting.export(streamed, Path(out), form, model=model, overwrite=overwrite, progress=progress)
 
 
 def export(

@@ -1,6 +1,6 @@
 """`coterie export`: a checkpoint in the form other software needs."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,14 @@ def export(
         bool,
         typer.Option("--pad", help="Give all layers the same number of experts, with dead ones that are never picked."),
     ] = False,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a quantized checkpoint: dense (any software, full size) or compressed-tensors (packed, for"
+            " transformers and vLLM).",
+            show_default=False,
+        ),
+    ] = None,
     data: o.Data = None,
     samples: o.Samples = 64,
     length: o.Length = 512,
@@ -26,17 +34,24 @@ def export(
     seed: o.Seed = 0,
     overwrite: o.Overwrite = False,
 ) -> None:
-    """Write a checkpoint whose layers differ in size as a plain, uniform one (--pad).
+    """Write a checkpoint as other software needs it: layers of one size (--pad), quantized weights (--form).
 
     Routers with a bias (GPT-OSS, DeepSeek-V3, GLM-4 and their kin) make it exact. Others need --data: dead experts
     are kept from being picked on that text, and the share of tokens on which it fails is told.
     """
     from coterie.errors import UsageError
 
-    if not pad:
-        raise UsageError("say what to export to", "There is --pad: the same number of experts in all layers.")
+    if pad == (form is not None):
+        raise UsageError(
+            "say what to export to, one thing at a time",
+            "--pad gives all layers the same number of experts; --form dense or compressed-tensors is for quantized.",
+        )
     runtime = common.runtime()
     from coterie import api
+
+    if form is not None:
+        _unpack(common, runtime, model, out, form, overwrite)
+        return
 
     with Bar("export", enabled=not common.json) as bar:
         result = api.export(
@@ -61,3 +76,23 @@ def export(
     say(f"{gigabytes(result.bytes_before)} became {gigabytes(result.bytes_after)}; loads with plain transformers")
     if not result.exact:
         warn("these routers have no bias: on other text a dead expert can be picked, adds nothing and takes a place")
+
+
+def _unpack(common: Common, runtime: Any, model: str, out: str, form: str, overwrite: bool) -> None:
+    from coterie import api
+
+    with Bar("export", enabled=not common.json) as bar:
+        result = api.unpack(
+            model,
+            out,
+            form,  # type: ignore[arg-type]
+            overwrite=overwrite,
+            runtime=runtime,
+            progress=bar,  # type: ignore[arg-type]
+        )
+    if common.json:
+        emit_json(result.describe())
+        return
+    say(f"{out}: {form}, {gigabytes(result.bytes_before)} became {gigabytes(result.bytes_after)}")
+    for note in result.notes:
+        warn(note)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
@@ -257,6 +258,22 @@ class StreamedModel:
         """Parameters by model name, as the tensors a checkpoint of this family would hold. Works on meta tensors."""
         tensors: dict[str, Tensor] = revert_weight_conversion(self.model, state)
         return tensors
+
+    def plain_tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `checkpoint_tensors`, for stock parameters that this checkpoint holds in another form.
+
+        transformers remembers of its conversions only those that this checkpoint needed; packed experts need none.
+        """
+        used = self.model._weight_conversions
+        prefixes = [m for m in used or () if isinstance(m, PrefixChange)]
+        others = [
+            m for m in get_model_conversion_mapping(self.model, add_legacy=False) if not isinstance(m, PrefixChange)
+        ]
+        self.model._weight_conversions = [*prefixes, *others] or None
+        try:
+            return self.checkpoint_tensors(state)
+        finally:
+            self.model._weight_conversions = used
 
     def keys_of(self, params: Iterable[str]) -> list[str]:
         """Checkpoint keys that make up the given parameters."""
