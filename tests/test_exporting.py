@@ -59,7 +59,7 @@ def test_stock_transformers_unpacks_an_export_to_the_same_weights(family, bits, 
     assert theirs.keys() == ours.keys()
     for name, value in ours.items():
         torch.testing.assert_close(theirs[name], value, atol=0, rtol=2**-7, msg=name)  # one step of bfloat16
-    assert result.bytes_after < 0.7 * sum(t.nbytes for t in each_tensor(tmp_path / "dense").values())
+    assert result.bytes_after < 0.8 * sum(t.nbytes for t in each_tensor(tmp_path / "dense").values())
 
 
 @pytest.mark.parametrize("family", NAMED)
