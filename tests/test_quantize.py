@@ -257,6 +257,18 @@ def test_an_edited_plan_is_carried_out_and_checked(models, tmp_path):
         coterie.compress(source, str(tmp_path / "other"), plan=str(tmp_path / "plan.json"))
 
 
+def test_a_plan_to_round_by_inputs_takes_the_text_on_the_command_line(models, ids, tmp_path):
+    source = models("mixtral")
+    given = ("--method", "quantize", "--set", "group_size=16")
+    assert cli("plan", source, "--out", tmp_path / "plan.json", *given).code == 0
+    done = cli("compress", source, tmp_path / "out", "--plan", tmp_path / "plan.json", "--tokens", ids)
+    assert done.code == 0, done.err
+    done = cli("compress", source, tmp_path / "other", "--plan", tmp_path / "plan.json")
+    assert "no text was given" in done.err
+    done = cli("compress", source, tmp_path / "other", "--plan", tmp_path / "plan.json", "--set", "bits=3")
+    assert "would be ignored" in done.err
+
+
 def test_a_quantized_checkpoint_is_not_edited(models, tmp_path):
     quantized(models("mixtral"), tmp_path / "out")
     with pytest.raises(UsageError, match="is quantized"):

@@ -121,6 +121,8 @@ def compress(
         api.calibration(model, evaluate, samples=1, length=length, tokenizer=tokenizer, seed=seed, runtime=runtime)
     if plan is not None:
         request = {"plan": plan}
+        if _says_bits(plan):  # which text weights are rounded by is not in it
+            request |= {"data": data or (), **text}
     if recipe is not None:
         # how the recipe's text is read, not what is done; and the text, if it names none
         also = ("data", "tokens", "tokenizer", "batch_size", "pack", "demonstrations")
@@ -223,12 +225,22 @@ def _refuse_contradictions(context: typer.Context, *, plan: str | None, recipe: 
     if plan is None and recipe is None:
         return
     text = ("data", "tokens", "batch_size", "pack", "demonstrations")
-    decided = (*_DECIDED, "recipe", *text) if plan is not None else _DECIDED
+    decided: tuple[str, ...] = _DECIDED
+    if plan is not None and _says_bits(plan):
+        decided = (*(name for name in _DECIDED if name != "samples"), "recipe")
+    elif plan is not None:
+        decided = (*_DECIDED, "recipe", *text)
     if names := [name for name in decided if _was_given(context, name)]:
         options = ", ".join("--set" if name == "parameters" else "--" + name.replace("_", "-") for name in names)
         raise UsageError(
             f"{chosen} already says what is to be done: {options} would be ignored", f"Leave out {options}."
         )
+
+
+def _says_bits(plan: str) -> bool:
+    from coterie.compression.bits import BitPlan, load_plan
+
+    return isinstance(load_plan(Path(plan)), BitPlan)
 
 
 def _write_report(out: str, quality: list[Any], result: Any, figures: dict[str, Any], elapsed: float) -> None:
