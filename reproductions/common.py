@@ -155,3 +155,31 @@ def files_by_domain(sources: Sequence[str]) -> dict[str, str]:
     """{name before the first point: file} of the files and of the files in the folders given."""
     files = [f for s in map(Path, sources) for f in (sorted(s.iterdir()) if s.is_dir() else [s])]
     return {file.name.split(".")[0]: str(file) for file in files}
+
+
+def quantized(
+    model: str,
+    calibration: list[str],
+    evaluation: list[str],
+    given: argparse.Namespace,
+    folder: Path,
+    *,
+    seed: int,
+    method: str = "quantize",
+    plan: Any = None,
+    **parameters: Any,
+) -> tuple[float, Any]:
+    """Write a quantized checkpoint, evaluate it and forget it: its mean loss over domains, and what `compress` told.
+
+    plan : bits decided before, instead of a method.
+    """
+    from coterie import api
+
+    text = {"data": calibration, "samples": given.samples, "length": given.length, "seed": seed}
+    request: dict[str, Any] = {"plan": plan} if plan is not None else {"method": method, "parameters": parameters}
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        result = api.compress(model, f"{place}/out", **request, **text)
+        (quality,) = api.evaluate(
+            [f"{place}/out"], evaluation, samples=given.evaluate, length=given.length, tokenizer=model
+        )
+    return quality.mean_loss, result
