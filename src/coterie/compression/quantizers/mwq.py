@@ -15,8 +15,8 @@ whichever changes its outputs less, and a row that either would make worse gets 
 by the diagonal block of the Cholesky factor of H^-1; `gptq.feedback` solves with it.
 
 Departure: a compensated base is better by itself, but its codes no longer lie around W, and planes repair that badly.
-So "best", the default, also builds on a base that is only rounded, and keeps the chain whose errors have the smaller
-product over the levels. "paper" does not.
+So "best", the default, also builds on a base that is only rounded, with and without compensated planes, and keeps the
+chain whose errors have the smallest product over the levels. "paper" is the first alone.
 """
 
 # O outputs and I inputs of a matrix, G groups of columns, N columns of one group
@@ -88,10 +88,10 @@ def mwq(
     spec : the grid of the base (its bits are ignored), its groups and 16-bit type, which the planes share.
     block : columns that do not make up for each other; a multiple of the group, or one group, is made of it.
     damp : as in `gptq`.
-    compensate : "paper": the base, and planes where that is better. "best": also tries a base that is only rounded.
-        "never": nothing is compensated; the Gram matrix only weights the scales.
+    compensate : "paper": the base, and planes where that is better. "never": nothing is compensated; the Gram matrix
+        only weights the scales. "best": the best of both, and of a rounded base with compensated planes.
 
-    Peak memory: three times the Gram matrix and about ten times W, in float32. Raises UsageError for a negative number
+    Peak memory: three times the Gram matrix and about twelve times W, in float32. Raises UsageError for a negative number
     of planes, ModelError for weights or a Gram matrix that are not finite.
     """
     if planes < 0:
@@ -106,14 +106,16 @@ def mwq(
     gram_II = gram_II.float()
     factor_II = upper_factor(gram_II[None], damp)[0] if planes and compensate != "never" else None
 
-    def plane(below_OI: Tensor) -> Plane:
-        return _best_plane(w_OI, below_OI, gram_II, factor_II, spec, block)
+    def chain(base: Coded, factor_II: Tensor | None) -> Nested:
+        return _nested(w_OI, base, planes, lambda below: _best_plane(w_OI, below, gram_II, factor_II, spec, block))
 
-    bases = [rounded] if compensate != "paper" else []
-    if compensate != "never":
-        bases.append(gptq(w_OI, gram_II, 1, spec, block=block, damp=damp, compensate_inside=False))
-    chains = [_nested(w_OI, base, planes, plane) for base in bases]
-    return min(chains, key=lambda nested: _log_errors(w_OI, nested, gram_II)) if len(chains) > 1 else chains[0]
+    if compensate == "never":
+        return chain(rounded, None)
+    paper = chain(gptq(w_OI, gram_II, 1, spec, block=block, damp=damp, compensate_inside=False), factor_II)
+    if compensate == "paper":
+        return paper
+    chains = [paper, chain(rounded, factor_II), chain(rounded, None)]
+    return min(chains, key=lambda nested: _log_errors(w_OI, nested, gram_II))
 
 
 def _nested(w_OI: Tensor, base: Coded, planes: int, plane: Callable[[Tensor], Plane]) -> Nested:
