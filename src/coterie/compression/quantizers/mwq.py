@@ -91,7 +91,7 @@ def mwq(
     compensate : "paper": the base, and planes where that is better. "never": nothing is compensated; the Gram matrix
         only weights the scales. "best": the best of both, and of a rounded base with compensated planes.
 
-    Peak memory: three times the Gram matrix and about twelve times W, in float32. Raises UsageError for a negative number
+    Peak memory: three times the Gram matrix and about twelve times W, float32. Raises UsageError for a negative number
     of planes, ModelError for weights or a Gram matrix that are not finite.
     """
     if planes < 0:
@@ -102,12 +102,12 @@ def mwq(
     rounded = rtn(w_OI, spec)
     if gram_II is None or not gram_II.any():
         ones_I = torch.ones_like(w_OI[0])
-        return _nested(w_OI, rounded, planes, lambda below_OI: _signs(w_OI - below_OI, ones_I, spec))
+        return _nested(rounded, planes, lambda below_OI: _signs(w_OI - below_OI, ones_I, spec))
     gram_II = gram_II.float()
     factor_II = upper_factor(gram_II[None], damp)[0] if planes and compensate != "never" else None
 
     def chain(base: Coded, factor_II: Tensor | None) -> Nested:
-        return _nested(w_OI, base, planes, lambda below: _best_plane(w_OI, below, gram_II, factor_II, spec, block))
+        return _nested(base, planes, lambda below: _best_plane(w_OI, below, gram_II, factor_II, spec, block))
 
     if compensate == "never":
         return chain(rounded, None)
@@ -118,7 +118,7 @@ def mwq(
     return min(chains, key=lambda nested: _log_errors(w_OI, nested, gram_II))
 
 
-def _nested(w_OI: Tensor, base: Coded, planes: int, plane: Callable[[Tensor], Plane]) -> Nested:
+def _nested(base: Coded, planes: int, plane: Callable[[Tensor], Plane]) -> Nested:
     """The base and its planes, each found from what is below it."""
     nested, below_OI = Nested(base, []), base.dense()
     for _ in range(planes):
