@@ -140,6 +140,12 @@ def test_weights_on_a_grid_are_reproduced_exactly(bits, float_zero, dtype):
         assert torch.equal(coded.dense(), w)
 
 
+def test_zeros_are_those_of_the_scale_that_is_stored():
+    w = weights(200)
+    coded = rtn(w, Spec(8, 96, scale_dtype=torch.bfloat16))
+    assert torch.equal(coded.zero_OG.float(), (-w.amin(1, keepdim=True) / coded.scale_OG.float()).round())
+
+
 def test_one_bit_is_the_sign_times_the_mean_magnitude():
     w = weights()
     w[0, :5] = 0
@@ -303,6 +309,20 @@ def test_hqq_never_ends_with_a_larger_error_than_it_started_with():
         assert bits > 4 or float(end.mean()) < float(start.mean())
 
 
+def test_a_step_of_hqq_is_the_authors_equation():
+    w = weights() * 20  # about half of the errors are then shrunk to nothing
+    spec = Spec(3, 32, float_zero=True)
+    start, one = rtn(w, spec), hqq(w, spec, iterations=1)
+    scale = spread(start.scale_OG, 32, 96)
+    error = w - start.dense()
+    shrunk = error.sign() * (error.abs() - error.abs().pow(0.7 - 1) / 10).clamp(min=0)
+    assert 0.2 < (shrunk != 0).float().mean() < 0.8
+    step = (start.codes_OI - (w - shrunk) / scale).view(24, 3, 32).mean(-1).half()
+    moved = one.zero_OG != start.zero_OG
+    assert moved.sum() >= 10
+    assert torch.allclose(one.zero_OG[moved].float(), step[moved].float(), atol=5e-3)
+
+
 def test_hqq_refuses_a_symmetric_grid():
     with pytest.raises(UsageError, match="zero"):
         hqq(weights(), Spec(4, 32, symmetric=True))
@@ -384,6 +404,15 @@ def test_permuted_columns_give_the_same_codes_in_static_order():
     assert torch.equal(one.scale_OG, other.scale_OG)
 
 
+def test_static_order_rounds_what_the_largest_inputs_meet_first():
+    w, x = weights(), inputs()
+    x[:, 50] *= 10
+    x[:, 7] *= 0.05
+    codes, plain = gptq(w, gram(x), 400, Spec(3, 32), order="static").codes_OI, rtn(w, Spec(3, 32)).codes_OI
+    assert torch.equal(codes[:, 50], plain[:, 50])
+    assert not torch.equal(codes[:, 7], plain[:, 7])
+
+
 def test_static_order_keeps_the_scales_of_the_original_weights():
     w, x = weights(), gram(inputs())
     spec = Spec(3, 32)
@@ -430,6 +459,14 @@ def test_the_size_of_the_gram_matrix_does_not_matter():
     w, x = weights(), inputs()
     x[:, 7] = 0
     assert same(gptq(w, gram(x), 400, Spec(3, 32)), gptq(w, gram(x) * 2.0**-30, 400, Spec(3, 32)))
+
+
+def test_inputs_that_were_never_seen_need_no_damping():
+    x = inputs()
+    x[:, 30:35] = 0
+    factor = upper_factor(gram(x)[None], 0.0)[0]
+    seen = torch.tensor([i for i in range(96) if i not in range(30, 35)])
+    assert torch.allclose((factor @ factor.T)[seen][:, seen], gram(x)[seen][:, seen], rtol=1e-4, atol=1e-4)
 
 
 def test_the_factor_times_itself_is_the_damped_gram_matrix():

@@ -36,6 +36,7 @@ from coterie.errors import ModelError, UsageError
 from coterie.experts.packing import Coded, groups, symmetric_zero
 
 LEAF = 32  # columns that are rounded one by one between matrix products
+_BLOCK = 128  # of the factorisation
 _DOUBLINGS = 16
 
 Order = Literal["natural", "static"]
@@ -104,8 +105,7 @@ def upper_factor(gram_EII: Tensor, damp: float) -> Tensor:
 
     Inputs that were never seen get the mean of the others on the diagonal, and touch no other column.
     """
-    # R is the lower factor of H with its columns in reverse, reversed again
-    h_EII = gram_EII.flip(-1, -2).float()
+    h_EII = gram_EII.to(torch.float32, copy=True)
     diagonal_EI = h_EII.diagonal(dim1=-2, dim2=-1)
     if not torch.isfinite(h_EII.sum()):
         raise ModelError("the Gram matrix of the inputs is not finite", "Activations overflowed: calibrate in float32.")
@@ -118,16 +118,40 @@ def upper_factor(gram_EII: Tensor, damp: float) -> Tensor:
     for _ in range(_DOUBLINGS):
         diagonal_EI += share_E1 * mean_E1 - added_E1
         added_E1 = share_E1 * mean_E1
-        factor_EII: Tensor
-        factor_EII, failed_E = torch.linalg.cholesky_ex(h_EII)
+        factor_EII, failed_E = _factor(h_EII)
         if not failed_E.any():
-            return factor_EII.flip(-1, -2)  # flip copies
-        share_E1 = torch.where(failed_E[:, None] > 0, (2 * share_E1).clamp(min=1e-4), share_E1)
+            return factor_EII
+        share_E1 = torch.where(failed_E[:, None], (2 * share_E1).clamp(min=1e-4), share_E1)
     raise ModelError(
         f"the Gram matrix of the inputs has no Cholesky factor, not even with {float(share_E1.max()):.2g} times its "
         "mean diagonal added",
         "It is not a sum of x x^T: calibrate again.",
     )
+
+
+def _factor(h_EII: Tensor) -> tuple[Tensor, Tensor]:
+    """R, and which matrices have none.
+
+    LAPACK knows lower factors only, and torch turns its result around twice more: block by block from the last column
+    to the first takes half the time of that on a CPU.
+    """
+    E, I, _ = h_EII.shape  # noqa: E741
+    factor_EII = torch.zeros_like(h_EII)
+    failed_E = torch.zeros(E, dtype=torch.bool, device=h_EII.device)
+    for i in range((I - 1) // _BLOCK * _BLOCK, -1, -_BLOCK):
+        j = min(i + _BLOCK, I)
+        left_EII = h_EII[:, :j, i:j]
+        if j < I:
+            left_EII = torch.baddbmm(left_EII, factor_EII[:, :j, j:], factor_EII[:, i:j, j:].transpose(1, 2), alpha=-1)
+        lower_EII, failures_E = torch.linalg.cholesky_ex(left_EII[:, i:j].flip(-1, -2))
+        failed_E |= failures_E > 0
+        own_EII = lower_EII.flip(-1, -2)
+        factor_EII[:, i:j, i:j] = own_EII
+        if i:
+            factor_EII[:, :i, i:j] = torch.linalg.solve_triangular(
+                own_EII.transpose(1, 2), left_EII[:, :i], upper=False, left=False
+            )
+    return factor_EII, failed_E
 
 
 def feedback(factor_EII: Tensor, i: int, j: int, begin: int) -> Tensor:
