@@ -286,6 +286,15 @@ def test_a_group_wider_than_the_matrix_is_a_whole_row():
         assert same(run(Spec(4, 96)), run(Spec(4, 1000)))
 
 
+def test_parameters_of_a_model_are_quantized_without_their_gradients():
+    w, x = torch.nn.Parameter(weights().bfloat16()), gram(inputs()).double()
+    for quantizer in ("rtn", "hqq", "gptq"):
+        coded, told = quantize(w, Spec(3, 32), quantizer=quantizer, gram_II=x, tokens=400)
+        assert not coded.dense().requires_grad
+        assert told.output_error > 0
+    assert not nested(w, x, NEST).dense().requires_grad
+
+
 def test_inputs_are_left_as_they_were():
     w, x = weights(), gram(inputs())
     before = w.clone(), x.clone()
@@ -295,6 +304,25 @@ def test_inputs_are_left_as_they_were():
     nested(w, x, Spec(3, 32))
     assert torch.equal(w, before[0])
     assert torch.equal(x, before[1])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_symmetric_grids_and_their_packing_are_those_of_compressed_tensors(bits, dtype):
+    peer = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize as peer_quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    w = weights().to(dtype).float()
+    options = QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=32)
+    groups = w.view(24, 3, 32)
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), options)
+    signed = peer_quantize(w, scale.to(dtype), zero, options, dtype=torch.int8)
+    coded = rtn(w, Spec(bits, 32, symmetric=True, scale_dtype=dtype))
+    assert torch.equal(coded.scale_OG, scale.to(dtype))
+    assert torch.equal(coded.codes_OI.short() - 2 ** (bits - 1), signed.short())
+    assert torch.equal(coded.packed(), peer.pack_to_int32(signed, bits))
 
 
 # --------------------------------------------------------------------------------------------------------------- HQQ
@@ -486,6 +514,30 @@ def test_several_matrices_at_once_are_each_quantized_as_if_alone(order):
     for e in range(3):
         one = gptq(w[e], x[e], 400, spec, order=order)
         assert same(one, Coded(both.codes_OI[e], 3, 40, both.scale_OG[e], both.zero_OG[e]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 150),
+    group=st.integers(1, 170),
+    block=st.integers(1, 140),
+    bits=st.integers(1, 8),
+    symmetric=st.booleans(),
+    order=st.sampled_from(["natural", "static"]),
+    inside=st.booleans(),
+    tokens=st.sampled_from([1, 20, 300]),
+)
+def test_gptq_takes_any_shape_group_and_block(rows, columns, group, block, bits, symmetric, order, inside, tokens):
+    w, x = weights(rows, columns), gram(inputs(columns, tokens))
+    spec = Spec(bits, group, symmetric)
+    found = gptq(w, x, tokens, spec, block=block, order=order, compensate_inside=inside)
+    assert found.codes_OI.shape == (rows, columns)
+    assert int(found.codes_OI.max()) < 2**bits
+    assert found.scale_OG.shape == (rows, packing.groups(columns, group))
+    assert (found.zero_OG is None) == symmetric
+    assert torch.isfinite(found.dense()).all()
+    assert loss(w, found, x) <= 1.5 * loss(w, rtn(w, spec), x) + 1e-9
 
 
 def test_a_gram_matrix_that_is_none_is_refused():

@@ -66,8 +66,8 @@ def gptq(
     order : "natural", or "static" (falling H_jj, scales of the original weights).
     compensate_inside : False: no column makes up for another one of its block.
 
-    Peak memory: three times H and four times W, in float32. Raises ModelError for weights or a Gram matrix that are not
-    finite, and for a Gram matrix that is none.
+    Peak memory: twice H and four times W in float32; in static order three times H and five times W. Raises ModelError
+    for weights or a Gram matrix that are not finite, and for a Gram matrix that is none.
     """
     if damp < 0 or block < 1:
         raise UsageError(f"damp {damp} and block {block} cannot be", "damp is at least 0, block at least 1.")
@@ -169,6 +169,9 @@ class _Cut:
     fits: bool = False
 
 
+SINGLY = _Cut(1)  # the last cut, done without the matrix products of the others
+
+
 def _cuts(columns: int, group: int, block: int, *, inside: bool, fitted: bool) -> list[_Cut]:
     """How the columns are cut, from the coarsest to the finest."""
     group = min(group, columns)
@@ -181,7 +184,7 @@ def _cuts(columns: int, group: int, block: int, *, inside: bool, fitted: bool) -
     else:
         cuts = [_Cut(block // group * group, fits=True)]
     if inside:
-        cuts += [_Cut(LEAF), _Cut(1)]
+        cuts += [_Cut(LEAF), SINGLY]
     return cuts
 
 
@@ -218,7 +221,7 @@ class _Sweep:
         if not cuts:
             return self._round(begin, end, target_EIO)
         cut, finer = cuts[0], cuts[1:]
-        if cut.columns == 1:
+        if cut is SINGLY:
             return self._columns(begin, end, target_EIO)
         error_EIO = torch.empty_like(target_EIO, memory_format=torch.contiguous_format)
         for i in range(begin, end, cut.columns):

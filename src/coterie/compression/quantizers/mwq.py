@@ -85,14 +85,15 @@ def mwq(
     ----------
     w_OI : [O, I], any float type. Not modified.
     gram_II : sum of x x^T over the inputs; None or zeros: nothing is weighted or compensated.
-    spec : the grid of the base (its bits are ignored), its groups and 16-bit type, which the planes share.
+    spec : the grid of the base (its bits are ignored), its groups and 16-bit type, which the planes share. Real zeros
+        and a range search make every level better.
     block : columns that do not make up for each other; a multiple of the group, or one group, is made of it.
     damp : as in `gptq`.
     compensate : "paper": the base, and planes where that is better. "never": nothing is compensated; the Gram matrix
         only weights the scales. "best": the best of both, and of a rounded base with compensated planes.
 
-    Peak memory: three times the Gram matrix and about twelve times W, float32. Raises UsageError for a negative number
-    of planes, ModelError for weights or a Gram matrix that are not finite.
+    Peak memory: 3.5 times the Gram matrix and 15 times W, float32. Raises UsageError for a negative number of planes,
+    ModelError for weights or a Gram matrix that are not finite.
     """
     if planes < 0:
         raise UsageError(f"{planes} planes cannot be added", "Give 0 or more.")
