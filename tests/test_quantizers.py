@@ -271,6 +271,7 @@ def test_codes_are_the_nearest_to_what_is_read_back_in_16_bits(bits, run, dtype)
         "static": lambda: gptq(w, x, 400, spec, order="static"),
         "blocks": lambda: gptq(w, x, 400, spec, compensate_inside=False),
     }[run]()
+    assert all(part.is_contiguous() for part in (coded.codes_OI, coded.scale_OG, coded.zero_OG))
     assert coded.scale_OG.dtype == dtype
     assert coded.zero_OG.dtype == dtype
     assert coded.scale_OG.shape == coded.zero_OG.shape == (24, 3)

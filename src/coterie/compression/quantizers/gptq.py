@@ -89,10 +89,11 @@ def gptq(
     codes_EIO = sweep.codes_EIO
     if order_EI is not None:
         codes_EIO = torch.empty_like(codes_EIO).scatter_(1, order_EI[..., None].expand_as(codes_EIO), codes_EIO)
-    codes_OI = codes_EIO.transpose(1, 2).contiguous().reshape(*lead, O, I)
-    scale_OG = sweep.scale_EGO.transpose(1, 2).to(spec.scale_dtype).reshape(*lead, O, -1)
-    zero_OG = None if spec.symmetric else sweep.zero_EGO.transpose(1, 2).to(spec.scale_dtype).reshape(*lead, O, -1)
-    return Coded(codes_OI, spec.bits, spec.group, scale_OG, zero_OG)
+    codes_OI, scale_OG, zero_OG = (
+        part.transpose(1, 2).reshape(*lead, O, -1).contiguous()
+        for part in (codes_EIO, sweep.scale_EGO.to(spec.scale_dtype), sweep.zero_EGO.to(spec.scale_dtype))
+    )
+    return Coded(codes_OI, spec.bits, spec.group, scale_OG, None if spec.symmetric else zero_OG)
 
 
 def too_few(tokens: int, calibration_tokens: int, *, share: float = 0.005, rows: int = 32) -> bool:
