@@ -12,6 +12,7 @@ from coterie.compression.quantizers.gptq import gptq, too_few
 from coterie.compression.quantizers.grids import Spec
 from coterie.compression.quantizers.hqq import hqq
 from coterie.compression.quantizers.measure import Report, report
+from coterie.compression.quantizers.mwq import Nested, mwq, nested_bytes
 from coterie.compression.quantizers.rtn import rtn
 from coterie.errors import UsageError
 from coterie.experts.packing import Coded
@@ -19,7 +20,22 @@ from coterie.experts.packing import Coded
 Quantizer = Literal["rtn", "hqq", "gptq"]
 QUANTIZERS: tuple[Quantizer, ...] = ("rtn", "hqq", "gptq")
 
-__all__ = ["QUANTIZERS", "Coded", "Quantizer", "Report", "Spec", "gptq", "hqq", "quantize", "report", "rtn", "too_few"]
+__all__ = [
+    "QUANTIZERS",
+    "Coded",
+    "Nested",
+    "Quantizer",
+    "Report",
+    "Spec",
+    "gptq",
+    "hqq",
+    "mwq",
+    "nested_bytes",
+    "quantize",
+    "report",
+    "rtn",
+    "too_few",
+]
 
 
 def quantize(

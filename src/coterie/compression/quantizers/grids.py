@@ -79,7 +79,7 @@ class Spec:
 
 def checked(w_OI: Tensor) -> Tensor:
     """The weights in float32. Raises ModelError when one is NaN or infinite: no grid holds it."""
-    w_OI = w_OI.float()
+    w_OI = w_OI.detach().float()
     finite = torch.isfinite(w_OI)
     if not finite.all():
         raise ModelError(

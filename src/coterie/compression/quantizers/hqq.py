@@ -34,7 +34,7 @@ def hqq(
     """Quantize a matrix without data, [..., O, I] of any float type.
 
     Raises UsageError for a symmetric grid, which has no zero to move, and ModelError for NaN or infinite weights.
-    Peak memory: about five times the weights in float32.
+    Peak memory: about six times the weights in float32.
     """
     if spec.symmetric:
         raise UsageError("HQQ chooses zeros, and a symmetric grid has none", "Quantize asymmetrically, or with rtn.")

@@ -49,7 +49,7 @@ def energy(w_OI: Tensor, gram_II: Tensor) -> Tensor:
 
 def report(w_OI: Tensor, dense_OI: Tensor, gram_II: Tensor | None, *, fallback: bool, tokens: int) -> Report:
     """Compare a matrix with what its codes stand for."""
-    w_OI = w_OI.float()
+    w_OI = w_OI.detach().float()
     lost_OI = w_OI - dense_OI
     norm, lost = (float(x.double().norm()) for x in (w_OI, lost_OI))
     output = math.nan
