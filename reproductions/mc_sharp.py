@@ -1,8 +1,8 @@
 """PMQ of MC# and MC: bits for experts by an integer program, against other ways to spend the same bits.
 
 The papers (arXiv:2410.06270, arXiv:2510.10962) find for Mixtral-8x7B, mean of eight tasks: uniform GPTQ at 2 bits
-42.67, PMQ at 2.05 bits 63.25, at 2.54 bits 67.50, at 1.57 bits 54.49 (16 bits: 71.29), and that random allocation is far worse
-than any statistic, a single statistic worse than all three.
+42.67, PMQ at 2.05 bits 63.25, at 2.54 bits 67.50, at 1.57 bits 54.49 (16 bits: 71.29), and that random allocation is
+far worse than any statistic, a single statistic worse than all three.
 
 Here experts get 1 to 3 bits at means of 1.75, 2 and 2.5, attention 4, all rounded by GPTQ on the same text; the other
 allocations give every layer the same widths to other experts: at random, by frequency alone, by rounding error alone,
