@@ -2,7 +2,8 @@
 
 `import coterie` calls `install`. From then on plain `AutoModelForCausalLM.from_pretrained(path)` rebuilds checkpoints
 whose layers differ, trains them and saves them again. It uses transformers' registers of quantization methods, which
-are the hooks it offers for changing modules before weights are loaded; nothing is quantized by that.
+are the hooks it offers for changing modules before weights are loaded; nothing is quantized by that. Weights that are
+stored in a packed form (FP8, MXFP4) are dequantized by transformers' own way for that form.
 """
 
 from __future__ import annotations
@@ -68,6 +69,16 @@ def register() -> None:
         """Rebuilds the modules of a model before its weights are loaded."""
 
         requires_calibration = False
+
+        def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+            super().__init__(quantization_config, **kwargs)
+            packed = getattr(quantization_config, "packed", None)
+            self.packed = auto.AutoHfQuantizer.from_config({**packed, "dequantize": True}) if packed else None
+
+        def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+            if self.packed is not None:
+                return self.packed.update_weight_conversions(weight_conversions, model)
+            return super().update_weight_conversions(weight_conversions, model)
 
         def validate_environment(self, *args: Any, **kwargs: Any) -> None:
             from coterie.anatomy.uneven import check_header

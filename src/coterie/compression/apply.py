@@ -118,7 +118,7 @@ class Output(Rewrite):
         if factors is not None:
             state |= {f"{layer.experts_name}.{name}": value for name, value in factors.items()}
         state |= {f"{layer.experts_name}.{name}": value for name, value in self.method.added(layer).items()}
-        self.write(state, plan.keep)
+        figures = {**figures, **self.write(state, plan.keep)}
         if in_memory:
             self._become(layer, plan, rows, factors)
         return figures

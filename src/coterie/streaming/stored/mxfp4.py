@@ -1,0 +1,125 @@
+"""MXFP4, as GPT-OSS is published: 4-bit numbers in groups of 32 that share a power of two (OCP MX v1.0).
+
+The experts of one projection, W [E, I, O] (inputs before outputs), are stored as `X_blocks` [E, O, I / 32, 16], two
+e2m1 numbers a byte, the first in the low half, and `X_scales` [E, O, I / 32], exponents biased by 127. Dequantization
+is transformers' own. bfloat16 holds every such number exactly, so weights are read as bfloat16 whatever computes.
+
+A changed group is quantized anew: of the exponent that the standard names (floor(log2 max |W|) - 2, which may cut the
+largest number) and the one above it, the one with the smaller squared error; numbers to the nearest, halves to even.
+"""
+
+# E experts, I inputs, O outputs, G groups of 32 inputs
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.mxfp4 import FP4_VALUES, convert_moe_packed_tensors
+
+from coterie.errors import CheckpointError, ModelError
+from coterie.streaming.checkpoint import PackedInfo, TensorInfo
+from coterie.streaming.stored.form import StoredForm, nothing_packed, partner
+
+_GROUP = 32
+_BLOCKS, _SCALES = "_blocks", "_scales"
+
+
+class MXFP4(StoredForm):
+    """4-bit numbers with one power of two per 32 inputs; all experts of a projection in one pair of tensors."""
+
+    name = "mxfp4"
+    told = "4-bit experts of GPT-OSS"
+
+    def __init__(self, entry: Mapping[str, Any]) -> None:
+        pass  # nothing in the entry says how weights are stored
+
+    def weights(self, stored: Mapping[str, TensorInfo], dtype: torch.dtype) -> dict[str, TensorInfo]:
+        found: dict[str, TensorInfo] = {}
+        for key, info in stored.items():
+            base = key.removesuffix(_BLOCKS).removesuffix(_SCALES)
+            if key.endswith(_BLOCKS):
+                scales = partner(stored, base + _SCALES, key)
+                if info.dtype != "U8" or len(info.shape) != 4 or info.shape[3] != _GROUP // 2:
+                    raise CheckpointError(
+                        f"{key} has shape {list(info.shape)} and dtype {info.dtype}, not [E, O, G, {_GROUP // 2}] bytes"
+                    )
+                if scales.dtype != "U8" or scales.shape != info.shape[:3]:
+                    raise CheckpointError(
+                        f"{scales.key} has shape {list(scales.shape)} and dtype {scales.dtype};"
+                        f" its blocks ask for {list(info.shape[:3])} bytes",
+                        "Blocks and scales do not belong together.",
+                    )
+                E, O, G, _ = info.shape
+                found[base] = PackedInfo.of(base, torch.bfloat16, (E, G * _GROUP, O), self, (info, scales))
+            elif key.endswith(_SCALES):
+                partner(stored, base + _BLOCKS, key)
+            else:
+                found[key] = info
+        if len(found) == len(stored):
+            raise nothing_packed(self)
+        return found
+
+    def layout(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        if len(shape) != 3 or shape[1] % _GROUP:
+            raise ModelError(
+                f"experts of shape {list(shape)} cannot be stored as MXFP4: inputs come in groups of {_GROUP}"
+            )
+        E, I, O = shape
+        return [(E, O, I // _GROUP, _GROUP // 2), (E, O, I // _GROUP)]
+
+    def unpack(self, parts: Sequence[Tensor], out: Tensor) -> None:
+        for expert in range(len(out)):  # one at a time: transformers takes a multiple of the result on the way
+            one = [part[expert : expert + 1] for part in parts]
+            out[expert] = convert_moe_packed_tensors(*one, dtype=out.dtype)[0]
+
+    def pack(self, weight: Tensor, like: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
+        blocks, scales = (torch.empty(shape, dtype=dtype) for dtype, shape in like)
+        for w_IO, blocks_OGb, scale_OG in zip(weight, blocks, scales, strict=True):
+            code_OGn, exponent_OG = _quantize(_grouped(w_IO).float())
+            blocks_OGb.copy_(code_OGn[..., 0::2] | code_OGn[..., 1::2] << 4)
+            scale_OG.copy_(exponent_OG + 127)
+        return [blocks, scales]
+
+    def repack(self, weight: Tensor, before: Sequence[Tensor]) -> list[Tensor]:
+        parts = self.pack(weight, [(part.dtype, tuple(part.shape)) for part in before])
+        old = torch.empty_like(weight)
+        self.unpack(before, old)
+        for w_IO, old_IO, *tensors in zip(weight, old, *parts, *before, strict=True):
+            blocks_OGb, scale_OG, blocks_old_OGb, scale_old_OG = tensors
+            w_OGn, old_OGn = _grouped(w_IO), _grouped(old_IO)
+            same_OGn = (w_OGn == old_OGn) | (w_OGn.isnan() & old_OGn.isnan())
+            kept_OG = (same_OGn | (w_OGn == 0)).all(-1)
+            mask_OGb = same_OGn[..., 0::2] * 0x0F + same_OGn[..., 1::2] * 0xF0  # a zero has code 0
+            blocks_OGb[kept_OG] = (blocks_old_OGb & mask_OGb.to(torch.uint8))[kept_OG]
+            scale_OG[kept_OG] = scale_old_OG[kept_OG]
+        return parts
+
+
+def _grouped(w_IO: Tensor) -> Tensor:
+    """[O, G, 32]."""
+    return w_IO.T.reshape(w_IO.shape[1], -1, _GROUP)
+
+
+def _quantize(w_OGn: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [O, G, 32] uint8 and exponents [O, G] int32 of the smaller squared error."""
+    _, e_OG = torch.frexp(w_OGn.abs().amax(-1))  # max |W| = m * 2^e with m in [0.5, 1)
+    low_OG = (e_OG - 3).clamp(-127, 127)
+    high_OG = (e_OG - 2).clamp(-127, 127)
+    code_low, error_low = _rounded(w_OGn, low_OG)
+    code_high, error_high = _rounded(w_OGn, high_OG)
+    higher_OG = error_high < error_low
+    return torch.where(higher_OG[..., None], code_high, code_low), torch.where(higher_OG, high_OG, low_OG)
+
+
+def _rounded(w_OGn: Tensor, exponent_OG: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest codes under these exponents, and the squared error of each group."""
+    value = torch.tensor(FP4_VALUES[:8])
+    between = (value[1:] + value[:-1]) / 2
+    between[1::2] = torch.nextafter(between[1::2], torch.zeros(()))  # halves go to the even code: here, up
+    scaled = torch.ldexp(w_OGn, -exponent_OG[..., None])
+    code = torch.bucketize(scaled.abs(), between, out_int32=True).to(torch.uint8)
+    error = (torch.ldexp(value[code.int()], exponent_OG[..., None]) - w_OGn.abs()).square().sum(-1)
+    return code | (torch.signbit(w_OGn).to(torch.uint8) << 3), error
