@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from families import each_tensor, saved
 
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-KEPT_WHOLE = re.compile(r"embed|norm|lm_head|mlp\.gate\.|router|bias")
+KEPT_WHOLE = re.compile(r"embed|norm|lm_head|\.gate\.|router|bias")
 
 
 def fp8(
@@ -28,11 +28,14 @@ def fp8(
     plain = saved(family, folder / "plain", torch.bfloat16, **changes)
     tensors, dense = {}, {}
     for key, weight in each_tensor(plain).items():
-        if weight.dim() != 2 or KEPT_WHOLE.search(key):
+        if weight.dim() not in (2, 3) or KEPT_WHOLE.search(key) or (weight.dim() == 3 and "conv" in key):
             tensors[key], dense[key] = weight, weight.float()
             continue
-        q, scale = quantized(weight.float(), block, scales)
-        tensors[key], tensors[f"{key}_scale_inv"], dense[key] = q, scale, dequantized(q, scale, block)
+        matrices = [weight] if weight.dim() == 2 else list(weight)
+        pairs = [quantized(matrix.float(), block, scales) for matrix in matrices]
+        values = [dequantized(q, scale, block) for q, scale in pairs]
+        found = [torch.stack(each) if weight.dim() == 3 else each[0] for each in (*zip(*pairs, strict=True), values)]
+        tensors[key], tensors[f"{key}_scale_inv"], dense[key] = found
     entry = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(block)}
     return _written(plain, folder, family, tensors, dense, entry)
 
@@ -67,8 +70,8 @@ def mxfp4(folder: Path, **changes: Any) -> tuple[Path, Path]:
         if not key.endswith(("experts.gate_up_proj", "experts.down_proj")):
             tensors[key], dense[key] = weight, weight
             continue
-        E, I, O = weight.shape
-        groups = weight.float().transpose(1, 2).reshape(E, O, I // 32, 32)
+        experts, inputs, outputs = weight.shape
+        groups = weight.float().transpose(1, 2).reshape(experts, outputs, inputs // 32, 32)
         exponent = torch.floor(torch.log2(groups.abs().amax(-1))) - 2
         scaled = groups / torch.exp2(exponent)[..., None]
         code = (scaled.abs()[..., None] - FP4).abs().argmin(-1)
@@ -77,7 +80,7 @@ def mxfp4(folder: Path, **changes: Any) -> tuple[Path, Path]:
         tensors[f"{key}_blocks"] = nibble[..., 0::2] + 16 * nibble[..., 1::2]
         tensors[f"{key}_scales"] = (exponent + 127).to(torch.uint8)
         value = FP4[code] * (1 - 2 * sign) * torch.exp2(exponent)[..., None]
-        dense[key] = value.reshape(E, O, I).transpose(1, 2).contiguous().bfloat16()
+        dense[key] = value.reshape(experts, outputs, inputs).transpose(1, 2).contiguous().bfloat16()
     entry = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     return _written(plain, folder, "gpt-oss", tensors, dense, entry)
 

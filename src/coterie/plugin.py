@@ -73,6 +73,7 @@ def register() -> None:
         def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
             super().__init__(quantization_config, **kwargs)
             packed = getattr(quantization_config, "packed", None)
+            self.dtypes: dict[str, Any] = {}
             self.packed = auto.AutoHfQuantizer.from_config({**packed, "dequantize": True}) if packed else None
 
         def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
@@ -89,11 +90,15 @@ def register() -> None:
             from coterie.anatomy.uneven import rebuild
 
             rebuild(model, self.quantization_config.to_dict())
+            self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             from coterie.experts.compressed import fill_missing
 
             fill_missing(model)
+            if self.packed is not None:  # transformers leaves what is not packed in the dtype it is stored in
+                for name, parameter in model.named_parameters():
+                    parameter.data = parameter.data.to(self.dtypes.get(name, parameter.dtype))
             model.is_quantized = False  # its weights are ordinary numbers: they may be cast and trained
             return model
 

@@ -53,8 +53,8 @@ def with_expert_counts(
     if len(set(counts.values())) > 1:
         result["quantization_config"] = marked(result.get("quantization_config"), version)
     elif is_coterie(result.get("quantization_config")) and not special(result["quantization_config"]) - {"packed"}:
-        before = unmarked(result.pop("quantization_config"))
-        result |= {"quantization_config": before} if before else {}
+        packed = unmarked(result.pop("quantization_config"))
+        result |= {"quantization_config": packed} if packed else {}
     most = max(counts.values())
     with tempfile.TemporaryDirectory() as folder:  # read as a checkpoint's config is read, special values and all
         (Path(folder) / "config.json").write_text(json.dumps(result), encoding="utf-8")

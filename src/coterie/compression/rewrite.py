@@ -152,6 +152,18 @@ class Rewrite:
         for part, written in zip(info.packed, zip(*made, strict=True), strict=True):
             self.writer.write(part.key, torch.cat(written) if len(written) > 1 else written[0])
 
+    def packed_notes(self, figures: Mapping[int, Mapping[str, float]]) -> list[str]:
+        """What a user of a packed checkpoint should know. figures : of all layers, with what `write` returned."""
+        again = [f for f in figures.values() if f.get("requantized_tensors")]
+        if self.streamed.form is None or not again:
+            return []
+        count = int(sum(f["requantized_tensors"] for f in again))
+        worst = max(f["requantization_error"] for f in again)
+        return [
+            f"{count} weights changed and were quantized to {self.streamed.form.name} again, which moved"
+            f" them by up to {worst:.1%} of their norm in a layer; all others have their bytes as they were"
+        ]
+
     def mark_written(self, index: int) -> None:
         """Layer `index` was written by an earlier run."""
         fresh = [key for key, layer in self.fresh_of.items() if layer == index]
@@ -184,14 +196,15 @@ class Requantized:
             shapes = info.form.layout(tuple(weight.shape))
             parts = info.form.pack(weight, [(part.dtype, shape) for part, shape in zip(before, shapes, strict=True)])
         info.form.unpack(parts, old)
-        lost = float((old.double() - weight.double()).square().sum())
+        lost = float((old.double() - weight.double()).square().nan_to_num(0.0, 0.0).sum())
         if lost:  # a weight that only became sparser has lost nothing
             self.tensors += 1
             self._lost += lost
-            self._squared += float(weight.double().square().sum())
+            self._squared += float(weight.double().square().nan_to_num(0.0, 0.0).sum())
         return parts
 
     def figures(self) -> dict[str, float]:
         if not self.tensors:
             return {}
-        return {"requantized_tensors": float(self.tensors), "requantization_error": (self._lost / self._squared) ** 0.5}
+        error = (self._lost / self._squared) ** 0.5 if self._squared else 0.0
+        return {"requantized_tensors": float(self.tensors), "requantization_error": error}

@@ -34,7 +34,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from coterie.anatomy import MoELayer, decoder_layers, is_experts_module, moe_layers
 from coterie.anatomy.architectures import model_class_of
 from coterie.anatomy.uneven import is_coterie, rebuild
-from coterie.errors import CheckpointError, CoterieError
+from coterie.errors import CheckpointError, CoterieError, ModelError
 from coterie.experts import forward as experts_forward
 from coterie.streaming.checkpoint import DTYPES, Checkpoint, PackedInfo
 from coterie.streaming.config import choose_compute_dtype, one_line, read_config, stored_form
@@ -81,7 +81,7 @@ class StreamedModel:
         self.allow_nonfinite = allow_nonfinite
         self.config = read_config(checkpoint, trust_remote_code=trust_remote_code)
         self.form = stored_form(checkpoint)
-        self.compute_dtype = choose_compute_dtype(compute_dtype, device, self._own_dtype())
+        self.compute_dtype = choose_compute_dtype(compute_dtype, device, self.own_dtype)
         if self.form is not None:
             checkpoint.unpack(self.form, self.compute_dtype)
         self.model = self.build()
@@ -113,7 +113,16 @@ class StreamedModel:
         self.retained: dict[str, Tensor] = {}
         self._prefetch: tuple[threading.Thread, threading.Event] | None = None
 
-    def _own_dtype(self) -> torch.dtype:
+    def refuse_packed(self, why: str) -> None:
+        """Raise ModelError where weights are stored packed: for jobs whose result could not be stored so."""
+        if self.form is not None:
+            raise ModelError(
+                f"{self.checkpoint.folder.name} is stored as {self.form.name}: {why}",
+                "Start from the unquantized checkpoint and quantize the result.",
+            )
+
+    @property
+    def own_dtype(self) -> torch.dtype:
         """The dtype the model's weights have: that of its largest tensor; of packed ones, what the config says."""
         if self.form is not None:
             named = getattr(self.config.get_text_config(decoder=True), "dtype", None) or self.config.dtype

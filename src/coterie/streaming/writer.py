@@ -226,7 +226,7 @@ class ShardWriter:
         self._parts = {spec.key: [part.key for part in spec.parts] for spec in specs if spec.parts}
         groups: list[list[Spec]] = [[]]
         size = 0
-        for spec in (part for spec in specs for part in spec.parts or (spec,)):
+        for spec in (part for whole in specs for part in whole.parts or (whole,)):
             if groups[-1] and size + spec.nbytes > shard_bytes:
                 groups.append([])
                 size = 0

@@ -27,11 +27,12 @@ class StoredForm(ABC):
 
     Attributes
     ----------
-    name : the `quant_method` it answers to. told : in words.
+    name : the `quant_method` it answers to. told : in words. shown : the same, with the numbers of this checkpoint.
     """
 
     name: ClassVar[str]
     told: ClassVar[str]
+    shown: str
 
     @abstractmethod
     def __init__(self, entry: Mapping[str, Any]) -> None: ...

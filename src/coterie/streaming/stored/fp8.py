@@ -57,6 +57,7 @@ class BlockFP8(StoredForm):
                     "Start from the unquantized checkpoint and quantize the result.",
                 )
         self.block = (int(size[0]), int(size[1]))
+        self.shown = f"{self.name}, one scale per {self.block[0]} x {self.block[1]} block"
         self.power_of_two = entry.get("scale_fmt") == "ue8m0"
 
     def weights(self, stored: Mapping[str, TensorInfo], dtype: torch.dtype) -> dict[str, TensorInfo]:

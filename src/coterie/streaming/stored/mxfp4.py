@@ -34,7 +34,7 @@ class MXFP4(StoredForm):
     told = "4-bit experts of GPT-OSS"
 
     def __init__(self, entry: Mapping[str, Any]) -> None:
-        pass  # nothing in the entry says how weights are stored
+        self.shown = f"{self.name}, one scale per {_GROUP} weights"
 
     def weights(self, stored: Mapping[str, TensorInfo], dtype: torch.dtype) -> dict[str, TensorInfo]:
         found: dict[str, TensorInfo] = {}
@@ -52,8 +52,9 @@ class MXFP4(StoredForm):
                         f" its blocks ask for {list(info.shape[:3])} bytes",
                         "Blocks and scales do not belong together.",
                     )
-                E, O, G, _ = info.shape
-                found[base] = PackedInfo.of(base, torch.bfloat16, (E, G * _GROUP, O), self, (info, scales))
+                experts, outputs, groups, _ = info.shape
+                shape = (experts, groups * _GROUP, outputs)
+                found[base] = PackedInfo.of(base, torch.bfloat16, shape, self, (info, scales))
             elif key.endswith(_SCALES):
                 partner(stored, base + _BLOCKS, key)
             else:
@@ -67,8 +68,9 @@ class MXFP4(StoredForm):
             raise ModelError(
                 f"experts of shape {list(shape)} cannot be stored as MXFP4: inputs come in groups of {_GROUP}"
             )
-        E, I, O = shape
-        return [(E, O, I // _GROUP, _GROUP // 2), (E, O, I // _GROUP)]
+        experts, inputs, outputs = shape
+        scales = (experts, outputs, inputs // _GROUP)
+        return [(*scales, _GROUP // 2), scales]
 
     def unpack(self, parts: Sequence[Tensor], out: Tensor) -> None:
         for expert in range(len(out)):  # one at a time: transformers takes a multiple of the result on the way
