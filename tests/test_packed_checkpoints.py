@@ -19,6 +19,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import coterie
 import coterie.experts.forward
 from coterie.compression.sizes import measure
+from coterie.profiling.profile import Profile
 from coterie.streaming.checkpoint import Checkpoint
 from coterie.streaming.lockstep import Batch
 from coterie.streaming.model import StreamedModel
@@ -68,7 +69,9 @@ def stock(folder, dtype=torch.float32):
     """By transformers' own loader, which dequantizes where there is no GPU for the form."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     model.set_experts_implementation(coterie.experts.forward.NAME)
-    return model.to(dtype)  # transformers leaves what is not packed in the dtype it is stored in
+    if dtype == torch.float32:
+        model = model.float()  # transformers leaves what is not packed in the dtype it is stored in
+    return model
 
 
 def assert_same_as_stock(folder):
@@ -142,7 +145,7 @@ def streamed_read(streamed):
 def test_a_profile_is_that_of_the_dequantized_weights(form, pair, ids, tmp_path):
     for folder, name in zip(pair(form), ("packed", "unpacked"), strict=True):
         assert cli("profile", folder, "--tokens", ids, "--out", tmp_path / name).code == 0
-    one, two = (coterie.Profile.load(tmp_path / name) for name in ("packed", "unpacked"))
+    one, two = (Profile.load(tmp_path / name) for name in ("packed", "unpacked"))
     for index, layer in one.layers.items():
         assert layer.stats.keys() == two.layers[index].stats.keys()
         assert all(torch.equal(value, two.layers[index].stats[name]) for name, value in layer.stats.items())
@@ -207,13 +210,15 @@ def test_fp8_blocks_at_the_edges_are_smaller(shape):
     ("entry", "scales"), [({}, torch.float32), ({}, torch.float8_e8m0fnu), ({"scale_fmt": "ue8m0"}, torch.float32)]
 )
 def test_fp8_quantization_is_within_half_a_step_of_every_block(entry, scales):
-    weight, out = torch.randn(20, 24) * torch.rand(20, 1), torch.empty(20, 24)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(20, 24, generator=generator) * torch.rand(20, 1, generator=generator)
+    out = torch.empty(20, 24)
     form = form_of({**FP8, **entry}, "")
     kinds = zip((torch.float8_e4m3fn, scales), form.layout((20, 24)), strict=True)
     q, scale = form.pack(weight, list(kinds))
     form.unpack([q, scale], out)
     wide = scale.float().repeat_interleave(4, 0).repeat_interleave(8, 1)
-    step = torch.maximum(2.0 ** torch.floor(torch.log2(weight.abs())) / 8, wide * 2.0**-9)
+    step = wide * torch.maximum(2.0 ** torch.floor(torch.log2((weight / wide).abs())) / 8, torch.tensor(2.0**-9))
     assert bool(((out - weight).abs() <= step / 2 * 1.0001).all())
     if entry or scales != torch.float32:
         assert bool((torch.frexp(scale.float())[0] == 0.5).all())  # powers of two
@@ -233,7 +238,9 @@ def test_numbers_of_mxfp4_stay_what_they_are_when_quantized_again(seed):
 
 
 def test_mxfp4_takes_the_better_of_two_scales_for_every_group():
-    weight = torch.randn(2, 64, 5).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 64, 5, generator=generator).bfloat16()
+    weight[1].uniform_(-1, 1, generator=generator)  # many numbers beside the largest, which the lower scale would cut
     form, out = form_of({"quant_method": "mxfp4"}, ""), torch.empty(2, 64, 5, dtype=torch.bfloat16)
     blocks, scales = form.pack(weight, [(torch.uint8, (2, 5, 2, 16)), (torch.uint8, (2, 5, 2))])
     form.unpack([blocks, scales], out)
@@ -257,7 +264,7 @@ def test_a_change_in_one_block_leaves_the_bytes_of_all_others(form):
     weight, parts, stored = _random(form)
     weight[0, 0, 0] += 3
     again = stored.repack(weight, parts)
-    assert [int((raw_bytes(one) != raw_bytes(two)).sum() > 0) for one, two in zip(again, parts, strict=True)][0] == 1
+    assert not torch.equal(raw_bytes(again[0]), raw_bytes(parts[0]))
     other = torch.ones_like(again[1], dtype=torch.bool)
     other[0, 0, 0] = False
     assert torch.equal(again[1][other].float(), parts[1][other].float())
@@ -369,10 +376,13 @@ def test_a_pruned_checkpoint_computes_what_the_pruned_dequantized_one_does(form,
 
 @pytest.mark.parametrize("form", ["qwen3-moe", "gpt-oss"])
 def test_the_written_size_is_the_one_told(form, pair, ids, tmp_path):
-    out = compressed(pair(form)[0], tmp_path / "out", "--method", "reap", "--target-size", "0.9x", "--tokens", ids)
-    told = json.loads((out / "coterie.json").read_text())["after"]["bytes"]
+    wanted = int(0.9 * Checkpoint.open(pair(form)[0]).nbytes)
+    out = compressed(pair(form)[0], tmp_path / "out", "--method", "reap", "--target-size", wanted, "--tokens", ids)
+    record = json.loads((out / "coterie.json").read_text())
+    told = record["after"]["bytes"]
     assert told == sum(t.numel() * t.element_size() for t in each_tensor(out).values())
-    assert told <= 0.9 * Checkpoint.open(pair(form)[0]).nbytes
+    one = (record["before"]["bytes"] - told) / (record["before"]["experts_total"] - record["after"]["experts_total"])
+    assert wanted - record["after"]["layers"] * one < told <= wanted
 
 
 @pytest.mark.parametrize("form", ["qwen3-moe", "gpt-oss"])
@@ -400,8 +410,7 @@ def test_a_fused_fp8_checkpoint_in_many_shards_is_complete(pair, ids, tmp_path):
     assert len(set(index.values())) > 3
 
 
-@pytest.mark.parametrize("form", ["deepseek-v3", "gpt-oss"])
-@pytest.mark.parametrize("method", ["reap", "hc-smoe"])
+@pytest.mark.parametrize(("form", "method"), [("deepseek-v3", "reap"), ("gpt-oss", "hc-smoe")])
 def test_a_run_that_is_killed_behind_every_line_ends_with_the_same_bytes(form, method, pair, ids, tmp_path):
     def arguments(out):
         options = ("--method", method, "--keep", 0.5, "--tokens", ids)
@@ -409,7 +418,7 @@ def test_a_run_that_is_killed_behind_every_line_ends_with_the_same_bytes(form, m
 
     plain, out = tmp_path / "plain", tmp_path / "out"
     assert ended(run, arguments(plain), str(tmp_path / "started")) == 0
-    for _ in range(3):
+    for _ in range(2):
         assert ended(run_and_die_behind_line, arguments(out), 1) == KILLED
     assert ended(run, arguments(out), str(tmp_path / "again")) == 0
     assert fingerprint(out) == fingerprint(plain)
@@ -434,21 +443,19 @@ def test_merging_quantizes_what_changed_and_says_what_that_cost(form, pair, ids,
 
 def fresh_tensors(before, after):
     """Expert matrices of `after` whose bytes no expert of the same layer and projection of `before` has."""
-    known: dict[str, list[torch.Tensor]] = {}
-    fresh = 0
-    for found in (each_tensor(before), each_tensor(after)):
-        checking = bool(known) and found is not None and fresh == 0 and "checked" in known
-        for key, tensor in found.items():
-            if "experts" not in key or tensor.dtype not in (torch.float8_e4m3fn, torch.uint8) or "scales" in key:
-                continue
-            name = re.sub(r"experts\.\d+\.", "", key)
-            for matrix in [tensor] if tensor.dim() == 2 else tensor:
-                if checking:
-                    fresh += not any(same_bytes(matrix, other) for other in known[name])
-                else:
-                    known.setdefault(name, []).append(matrix)
-        known["checked"] = []
-    return fresh
+    known, found = expert_matrices(before), expert_matrices(after)
+    return sum(not any(same_bytes(one, other) for other in known[name]) for name in found for one in found[name])
+
+
+def expert_matrices(folder):
+    """{layer and projection: the packed numbers of its experts}."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for key, tensor in each_tensor(folder).items():
+        numbers = tensor.dtype == torch.float8_e4m3fn or key.endswith("_blocks")
+        together = tensor.dim() > 2
+        if numbers and (together or ".experts." in key):
+            found.setdefault(re.sub(r"\.experts\.\d+", "", key), []).extend(tensor if together else [tensor])
+    return found
 
 
 @pytest.mark.parametrize("form", ["deepseek-v3", "gpt-oss"])
@@ -505,11 +512,12 @@ def test_a_packed_router_is_cut_and_said_to_be_quantized_again(pair, ids, tmp_pa
 @pytest.mark.parametrize("form", ["qwen3-moe", "gpt-oss"])
 def test_compare_and_evaluate_take_packed_checkpoints(form, pair, ids):
     packed, unpacked = pair(form)
-    result = cli("evaluate", unpacked, packed, "--tokens", ids, "--json")
-    assert result.code == 0, result.err
-    assert "0.0" in result.out
-    done = cli("compare", packed, "--methods", "reap,hc-smoe", "--keep", 0.5, "--tokens", ids, "--eval-tokens", ids)
-    assert done.code in (0, 2), done.err
+    scores = cli("evaluate", unpacked, packed, "--tokens", ids, "--json").json()
+    assert scores[1]["mean"] == {"loss": scores[0]["mean"]["loss"], "kl": 0, "agreement": 1}
+    options = ("--methods", "reap,hc-smoe", "--keep", 0.5, "--tokens", ids, "--eval-tokens", ids, "--json")
+    one, two = (cli("compare", folder, *options).json()["contenders"] for folder in (packed, unpacked))
+    assert [entry["delta"] for entry in one] == [entry["delta"] for entry in two]
+    assert not any(entry["refused"] for entry in one)
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------
@@ -625,7 +633,10 @@ def refused(folder, ids, tmp_path, says):
         ({"weight_block_size": [2**70, 8]}, ["not two positive numbers"]),
         ({"weight_block_size": "128"}, ["'128'"]),
         ({"weight_block_size": [10**9, 10**9]}, ["in blocks of 1000000000 x 1000000000 has [1, 1]"]),
-        ({"weight_block_size": [8, 8]}, ["[32, 64] in blocks of 8 x 8 has [4, 8]", "weight_block_size"]),
+        (
+            {"weight_block_size": [8, 8]},
+            ["shape [4, 4]", "in blocks of 8 x 8 has [8, 4]", "weight_block_size"],
+        ),
         ({"activation_scheme": "static"}, ["activation_scheme 'static'", "'dynamic'"]),
         ({"fmt": "e5m2"}, ["fmt 'e5m2'", "'e4m3'"]),
         ({"expert_dtype": "fp4"}, ["expert_dtype 'fp4'"]),

@@ -2,7 +2,8 @@
 
 The experts of one projection, W [E, I, O] (inputs before outputs), are stored as `X_blocks` [E, O, I / 32, 16], two
 e2m1 numbers a byte, the first in the low half, and `X_scales` [E, O, I / 32], exponents biased by 127. Dequantization
-is transformers' own. bfloat16 holds every such number exactly, so weights are read as bfloat16 whatever computes.
+is transformers' own, but for the exponent 255, which is NaN and not 2^128. bfloat16 holds every such number exactly,
+so weights are read as bfloat16 whatever computes.
 
 A changed group is quantized anew: of the exponent that the standard names (floor(log2 max |W|) - 2, which may cut the
 largest number) and the one above it, the one with the smaller squared error; numbers to the nearest, halves to even.
@@ -24,6 +25,7 @@ from coterie.streaming.checkpoint import PackedInfo, TensorInfo
 from coterie.streaming.stored.form import StoredForm, nothing_packed, partner
 
 _GROUP = 32
+_NAN = 255  # the exponent that stands for no number
 _BLOCKS, _SCALES = "_blocks", "_scales"
 
 
@@ -76,6 +78,9 @@ class MXFP4(StoredForm):
         for expert in range(len(out)):  # one at a time: transformers takes a multiple of the result on the way
             one = [part[expert : expert + 1] for part in parts]
             out[expert] = convert_moe_packed_tensors(*one, dtype=out.dtype)[0]
+            nan_OG = parts[1][expert] == _NAN
+            if bool(nan_OG.any()):
+                out[expert].view(-1, _GROUP, out.shape[2]).masked_fill_(nan_OG.T[:, None], torch.nan)
 
     def pack(self, weight: Tensor, like: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
         blocks, scales = (torch.empty(shape, dtype=dtype) for dtype, shape in like)
@@ -122,6 +127,6 @@ def _rounded(w_OGn: Tensor, exponent_OG: Tensor) -> tuple[Tensor, Tensor]:
     between = (value[1:] + value[:-1]) / 2
     between[1::2] = torch.nextafter(between[1::2], torch.zeros(()))  # halves go to the even code: here, up
     scaled = torch.ldexp(w_OGn, -exponent_OG[..., None])
-    code = torch.bucketize(scaled.abs(), between, out_int32=True).to(torch.uint8)
+    code = torch.bucketize(scaled.abs().contiguous(), between, out_int32=True).to(torch.uint8)
     error = (torch.ldexp(value[code.int()], exponent_OG[..., None]) - w_OGn.abs()).square().sum(-1)
     return code | (torch.signbit(w_OGn).to(torch.uint8) << 3), error
