@@ -112,28 +112,41 @@ class Rewrite:
         if key in self._through:
             self.writer.write(key, tensor)
 
-    def write(self, state: Mapping[str, Tensor], keep: Sequence[int] | None = None) -> dict[str, float]:
+    def write(
+        self, state: Mapping[str, Tensor], keep: Sequence[int] | None = None, *, as_read: Collection[str] = ()
+    ) -> dict[str, float]:
         """Write tensors of one layer, by model name; of fused ones only the experts `keep`, if given.
 
         keep : also says which entries of the source the first dimension of other 3-D tensors has.
+        as_read : names of tensors that surely hold what was read: packed ones are not unpacked again to find out.
         Returns what had to be quantized again, for the record: {} where nothing had to.
         """
         again = Requantized()
-        others = {}
+        others: dict[str, Tensor] = {}
         for name, tensor in state.items():
             if name in self.streamed.fused:
                 layout = self.streamed.fused[name]
                 experts = range(tensor.shape[0]) if keep is None else keep
                 for (key, view), source in zip(layout.tensors(tensor, experts), layout.sources(experts), strict=True):
-                    self._put(key, view, source, None, again)
+                    self._put(key, view, source, None, again, as_read=name in as_read)
             else:
                 others[name] = tensor
         if others:
+            params = self.streamed.params
             for key, tensor in self.streamed.checkpoint_tensors(others).items():
-                self._put(key, tensor, key, keep, again)
+                self._put(key, tensor, key, keep, again, as_read=params.get(key) in as_read)
         return again.figures()
 
-    def _put(self, key: str, tensor: Tensor, source: str, keep: Sequence[int] | None, again: Requantized) -> None:
+    def _put(
+        self,
+        key: str,
+        tensor: Tensor,
+        source: str,
+        keep: Sequence[int] | None,
+        again: Requantized,
+        *,
+        as_read: bool,
+    ) -> None:
         """Write one tensor, in the form its name has in the source. source : the tensor it was read from."""
         info = self.streamed.checkpoint.tensors.get(key)
         if not isinstance(info, PackedInfo):
@@ -143,6 +156,10 @@ class Rewrite:
         if keep is not None and tensor.dim() == 3:
             before = [part[torch.tensor(keep)] for part in before]
         fits = [tuple(part.shape) for part in before] == info.form.layout(tuple(tensor.shape))
+        if as_read and fits:
+            for part, value in zip(info.packed, before, strict=True):
+                self.writer.write(part.key, value)
+            return
         step = 1 if tensor.dim() == 3 else len(tensor)  # experts one at a time: unpacking them costs memory
         made = []
         for begin in range(0, len(tensor), step):

@@ -85,7 +85,7 @@ class MXFP4(StoredForm):
     def pack(self, weight: Tensor, like: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
         blocks, scales = (torch.empty(shape, dtype=dtype) for dtype, shape in like)
         for w_IO, blocks_OGb, scale_OG in zip(weight, blocks, scales, strict=True):
-            code_OGn, exponent_OG = _quantize(_grouped(w_IO).float())
+            code_OGn, exponent_OG = _quantize(_grouped(w_IO).float().contiguous())
             blocks_OGb.copy_(code_OGn[..., 0::2] | code_OGn[..., 1::2] << 4)
             scale_OG.copy_(exponent_OG + 127)
         return [blocks, scales]
@@ -113,20 +113,21 @@ def _grouped(w_IO: Tensor) -> Tensor:
 def _quantize(w_OGn: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [O, G, 32] uint8 and exponents [O, G] int32 of the smaller squared error."""
     _, e_OG = torch.frexp(w_OGn.abs().amax(-1))  # max |W| = m * 2^e with m in [0.5, 1)
-    low_OG = (e_OG - 3).clamp(-127, 127)
-    high_OG = (e_OG - 2).clamp(-127, 127)
-    code_low, error_low = _rounded(w_OGn, low_OG)
-    code_high, error_high = _rounded(w_OGn, high_OG)
-    higher_OG = error_high < error_low
-    return torch.where(higher_OG[..., None], code_high, code_low), torch.where(higher_OG, high_OG, low_OG)
+    e_OG = (e_OG - 3).clamp(-127, 126)
+    scaled_OGn = torch.ldexp(w_OGn, -e_OG[..., None])
+    low_OGn, error_low_OG = _rounded(scaled_OGn.abs())
+    high_OGn, error_high_OG = _rounded(scaled_OGn.abs() / 2)
+    higher_OG = 4 * error_high_OG < error_low_OG
+    code_OGn = torch.where(higher_OG[..., None], high_OGn, low_OGn)
+    return code_OGn | (torch.signbit(w_OGn).to(torch.uint8) << 3), e_OG + higher_OG
 
 
-def _rounded(w_OGn: Tensor, exponent_OG: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest codes under these exponents, and the squared error of each group."""
-    value = torch.tensor(FP4_VALUES[:8])
-    between = (value[1:] + value[:-1]) / 2
-    between[1::2] = torch.nextafter(between[1::2], torch.zeros(()))  # halves go to the even code: here, up
-    scaled = torch.ldexp(w_OGn, -exponent_OG[..., None])
-    code = torch.bucketize(scaled.abs().contiguous(), between, out_int32=True).to(torch.uint8)
-    error = (torch.ldexp(value[code.int()], exponent_OG[..., None]) - w_OGn.abs()).square().sum(-1)
-    return code | (torch.signbit(w_OGn).to(torch.uint8) << 3), error
+def _rounded(x_OGn: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest codes of numbers that are not negative, without a sign, and the squared error of each group.
+
+    Codes 0 to 4 are twice their numbers, 5 and 6 lie one apart, 7 is 6.0; `round` takes halves to even.
+    """
+    upper_OGn = torch.where(x_OGn < 4, x_OGn.round() + 2, (x_OGn / 2).round() + 4)
+    code_OGn = torch.where(x_OGn < 2, (x_OGn * 2).round(), upper_OGn).clamp_(max=7).to(torch.uint8)
+    value_OGn = torch.tensor(FP4_VALUES[:8]).index_select(0, code_OGn.view(-1).int()).view_as(x_OGn)
+    return code_OGn, value_OGn.sub_(x_OGn).square_().sum(-1)
