@@ -119,9 +119,8 @@ class BlockFP8(StoredForm):
         ):
             same_RC = (w_RC == old_RC) | (w_RC.isnan() & old_RC.isnan())
             kept_rc = self._blocks(same_RC | (w_RC == 0), True).all(dim=3).all(dim=1)
-            kept_RC = self._spread(kept_rc, w_RC.shape)
-            q_RC.view(torch.uint8)[kept_RC & ~same_RC] = 0
-            q_RC.view(torch.uint8)[kept_RC & same_RC] = q_old_RC.view(torch.uint8)[kept_RC & same_RC]
+            kept_RC = self._spread(kept_rc, w_RC.shape) & same_RC  # what became zero has its code already
+            q_RC.view(torch.uint8)[kept_RC] = q_old_RC.view(torch.uint8)[kept_RC]
             _bits(scale_rc)[kept_rc] = _bits(scale_old_rc)[kept_rc]
         return parts
 
