@@ -472,7 +472,7 @@ def test_merging_quantizes_what_changed_and_says_what_that_cost(form, pair, ids,
     limit = 0.15 if form == "gpt-oss" else 0.04  # what the formats cost numbers that are drawn from a bell
     assert all(0 < figures["requantization_error"] < limit for figures in told)
     count = int(sum(figures["requantized_tensors"] for figures in told))
-    assert any(note.startswith(f"{count} weights changed and were quantized") for note in record["notes"])
+    assert any(note.startswith(f"{count} matrices changed and were quantized") for note in record["notes"])
     assert fresh_tensors(pair(form)[0], out) == count
 
 
@@ -540,7 +540,7 @@ def test_a_packed_router_is_cut_and_said_to_be_quantized_again(pair, ids, tmp_pa
     change(packed, pack_router)
     out = compressed(packed, tmp_path / "out", "--method", "reap", "--keep", 0.5, "--tokens", ids)
     notes = json.loads((out / "coterie.json").read_text())["notes"]
-    assert notes[0].startswith("2 weights changed and were quantized to fp8 again")
+    assert notes[0].startswith("2 matrices changed and were quantized to fp8 again")
     streamed_logits(out, [Batch(tokens())])
 
 
@@ -713,3 +713,36 @@ def test_training_is_refused_before_it_begins(verb, pair, ids, tmp_path):
     result = cli(verb, packed, tmp_path / "out", "--tokens", ids, *more)
     assert result.code == 2, result.err
     assert "is stored as fp8: what is trained would not be" in " ".join(result.err.split())
+
+
+def test_padding_is_refused(pair, ids, tmp_path):
+    options = ("--method", "reap", "--keep", 0.5, "--layers", "0,1", "--tokens", ids)
+    uneven = compressed(pair("gpt-oss")[0], tmp_path / "uneven", *options)
+    result = cli("export", uneven, tmp_path / "out", "--pad", "--tokens", ids)
+    assert result.code == 2, result.err
+    assert "is stored as mxfp4: its layers cannot be padded" in " ".join(result.err.split())
+
+
+def test_a_teacher_that_is_packed_can_be_asked_before_training_only(pair, ids, tmp_path):
+    packed, unpacked = pair("qwen3-moe")
+    options = ("--tokens", ids, "--teacher", packed, "--steps", 1)
+    online = cli("heal", unpacked, tmp_path / "online", *options, "--logits", "online")
+    assert online.code == 2, online.err
+    assert "--logits cached" in online.err
+    cached = cli("heal", unpacked, tmp_path / "cached", *options)
+    assert cached.code == 0, cached.err
+
+
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+def test_packed_prediction_layers_go_with_the_experts_or_stay_as_they_are(keep, pair, ids, tmp_path):
+    folder = copy_of(pair("deepseek-v3")[0], tmp_path / "model")
+    extra = {UP.replace("layers.0.", "layers.61."): UP.replace("layers.0.", "layers.1.")}
+    change(folder, lambda t: t.update({new + s: t[old + s].clone() for new, old in extra.items() for s in SUFFIXES}))
+    out = compressed(folder, tmp_path / "out", "--method", "reap", "--keep", keep, "--tokens", ids)
+    before, after = each_tensor(folder), each_tensor(out)
+    for key in (new + suffix for new in extra for suffix in SUFFIXES):
+        assert (key in after) == (keep == 1.0)
+        assert key not in after or same_bytes(before[key], after[key])
+
+
+SUFFIXES = ("", "_scale_inv")

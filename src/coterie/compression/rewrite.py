@@ -177,7 +177,7 @@ class Rewrite:
         count = int(sum(f["requantized_tensors"] for f in again))
         worst = max(f["requantization_error"] for f in again)
         return [
-            f"{count} weights changed and were quantized to {self.streamed.form.name} again, which moved"
+            f"{count} matrices changed and were quantized to {self.streamed.form.name} again, which moved"
             f" them by up to {worst:.1%} of their norm in a layer; all others have their bytes as they were"
         ]
 
@@ -195,7 +195,7 @@ class Rewrite:
 
 
 class Requantized:
-    """Packs weights again, and counts those that could not keep their bytes and what that cost."""
+    """Packs weights again, and counts the matrices that could not keep their numbers and what that cost."""
 
     def __init__(self) -> None:
         self.tensors = 0
