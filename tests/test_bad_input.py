@@ -632,7 +632,9 @@ def test_code_of_a_tokenizer_is_not_run_unasked(qwen, text, tmp_path):
 @pytest.mark.parametrize(
     ("value", "name"),
     [
-        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "gptq"}, "gptq"),
+        ({"quant_method": "awq"}, "awq"),
+        ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
         ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
         ("int4", "quantized"),
     ],

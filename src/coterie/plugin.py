@@ -2,7 +2,8 @@
 
 `import coterie` calls `install`. From then on plain `AutoModelForCausalLM.from_pretrained(path)` rebuilds checkpoints
 whose layers differ, trains them and saves them again. It uses transformers' registers of quantization methods, which
-are the hooks it offers for changing modules before weights are loaded; nothing is quantized by that.
+are the hooks it offers for changing modules before weights are loaded; nothing is quantized by that. Weights that are
+stored in a packed form (FP8, MXFP4) are dequantized by transformers' own way for that form.
 """
 
 from __future__ import annotations
@@ -69,6 +70,17 @@ def register() -> None:
 
         requires_calibration = False
 
+        def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+            super().__init__(quantization_config, **kwargs)
+            packed = getattr(quantization_config, "packed", None)
+            self.dtypes: dict[str, Any] = {}
+            self.packed = auto.AutoHfQuantizer.from_config({**packed, "dequantize": True}) if packed else None
+
+        def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+            if self.packed is not None:
+                return self.packed.update_weight_conversions(weight_conversions, model)
+            return super().update_weight_conversions(weight_conversions, model)
+
         def validate_environment(self, *args: Any, **kwargs: Any) -> None:
             from coterie.anatomy.uneven import check_header
 
@@ -78,6 +90,7 @@ def register() -> None:
             from coterie.anatomy.uneven import rebuild
 
             rebuild(model, self.quantization_config.to_dict())
+            self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             from coterie.anatomy.uneven import check_codes
@@ -85,6 +98,9 @@ def register() -> None:
 
             check_codes(model, self.quantization_config.to_dict())
             fill_missing(model)
+            if self.packed is not None:  # transformers leaves what is not packed in the dtype it is stored in
+                for name, parameter in model.named_parameters():
+                    parameter.data = parameter.data.to(self.dtypes.get(name, parameter.dtype))
             model.is_quantized = False  # its weights are ordinary numbers: they may be cast and trained
             return model
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.anatomy.architectures import COUNT_FIELDS
-from coterie.anatomy.uneven import header, is_coterie, layer_counts, special, write_counts
+from coterie.anatomy.uneven import is_coterie, layer_counts, marked, special, unmarked, write_counts
 from coterie.errors import ModelError
 
 
@@ -51,9 +51,10 @@ def with_expert_counts(
     section = text_section(result, config, text)
     write_counts(section, names, text, counts)
     if len(set(counts.values())) > 1:
-        result["quantization_config"] = {**(result.get("quantization_config") or {}), **header(version)}
-    elif is_coterie(result.get("quantization_config")) and not special(result["quantization_config"]):
-        del result["quantization_config"]
+        result["quantization_config"] = marked(result.get("quantization_config"), version)
+    elif is_coterie(result.get("quantization_config")) and not special(result["quantization_config"]) - {"packed"}:
+        packed = unmarked(result.pop("quantization_config"))
+        result |= {"quantization_config": packed} if packed else {}
     most = max(counts.values())
     with tempfile.TemporaryDirectory() as folder:  # read as a checkpoint's config is read, special values and all
         (Path(folder) / "config.json").write_text(json.dumps(result), encoding="utf-8")

@@ -11,7 +11,8 @@ places that transformers already knows: `per_layer_config` holds the counts (the
 
 The model is built with the largest count on the meta device, and the layers named are then cut to size. The same
 function does it for plain `from_pretrained` (see `coterie.plugin`) and for streaming. Weights are not its business.
-What else may be special about a layer's experts stands in the same header, see `forms`.
+What else may be special about a layer's experts stands in the same header, see `forms`. Where the weights are stored in
+a packed form of others (FP8, MXFP4), the `quantization_config` that describes it moves into the header, as `packed`.
 """
 
 from __future__ import annotations
@@ -29,15 +30,26 @@ from coterie.errors import CheckpointError, ModelError
 from coterie.experts.packed import damaged
 
 METHOD, FORMAT = "coterie", 1
-KNOWN = frozenset(
-    {"layers", "linears", "checksums"}
-)  # entries of a header this version can rebuild, beside the sizes of layers
+# entries of a header this version can rebuild, beside the sizes of layers
+KNOWN = frozenset({"layers", "linears", "checksums", "packed"})
 _ACCESS = "allow_global_per_layer_attribute_access"  # without it, building the model stops at the ambiguous count
 
 
 def header(version: str, **entries: Any) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint that only Coterie can rebuild; `entries` say what is special in it."""
     return {"quant_method": METHOD, "format": FORMAT, "version": version, **entries}
+
+
+def marked(entry: Mapping[str, Any] | None, version: str) -> dict[str, Any]:
+    """The header of a checkpoint whose config had the `quantization_config` `entry` so far."""
+    if not entry:
+        return header(version)
+    return {**entry, **header(version)} if is_coterie(entry) else header(version, packed=dict(entry))
+
+
+def unmarked(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The `quantization_config` of a checkpoint in which nothing is special any more."""
+    return entry.get("packed") if is_coterie(entry) else dict(entry)
 
 
 def check_header(entry: Mapping[str, Any]) -> None:
@@ -174,10 +186,10 @@ def with_forms(
     linears : packed linear layers, beside those the header names already.
     """
     told = {str(index): entry for index, form in sorted(forms.items()) if (entry := form.describe())}
-    kept = {k: v for k, v in (config.get("quantization_config") or {}).items() if k != "layers"}
     entries: dict[str, Any] = {"layers": told} if told else {}
     if linears is not None:
         entries["linears"] = linears.model_dump()
     if not entries:
         return config
-    return {**config, "quantization_config": {**kept, **header(version), **entries}}
+    kept = {k: v for k, v in marked(config.get("quantization_config"), version).items() if k != "layers"}
+    return {**config, "quantization_config": {**kept, **entries}}

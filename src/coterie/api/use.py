@@ -192,6 +192,8 @@ def load(
 
         more = {"experts_implementation": experts_implementation} if experts_implementation else {}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more, **options).eval()
+        if str(dtype).endswith("float32") and not getattr(model, "is_quantized", False):
+            model = model.float()  # of packed checkpoints, transformers leaves what is not packed as it is stored
         return (model if device == "cpu" else model.to(device)), load_tokenizer(folder)
     if options:
         raise UsageError(f"load with a pattern has no option {min(options)!r}")

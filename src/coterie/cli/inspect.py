@@ -51,6 +51,7 @@ def inspect(
         "vocabulary": text.vocab_size,
         "bytes_of_expert": size.bytes_of_expert,
         **size.describe(),
+        **({"stored_as": streamed.form.shown} if streamed.form else {}),
         "moe_layers": layers,
     }
     if common.json:
@@ -71,6 +72,8 @@ def inspect(
         ["weights", f"{gigabytes(size.bytes)}, {routed / size.bytes:.0%} of it routed experts"],
         ["one expert", f"{gigabytes(size.bytes_of_expert)}"],
     ]
+    if streamed.form:
+        rows.append(["stored as", streamed.form.shown])
     table(model, ["", ""], rows, left=2)
     if len({layer["experts"] for layer in layers}) > 1:
         each = [[str(layer["layer"]), str(layer["experts"]), str(layer["top_k"])] for layer in layers]

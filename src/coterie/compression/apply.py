@@ -118,7 +118,8 @@ class Output(Rewrite):
         if factors is not None:
             state |= {f"{layer.experts_name}.{name}": value for name, value in factors.items()}
         state |= {f"{layer.experts_name}.{name}": value for name, value in self.method.added(layer).items()}
-        self.write(state, plan.keep)
+        as_read = {name for name in state if name.startswith(f"{layer.experts_name}.") and not self.method.rebuilds}
+        figures = {**figures, **self.write(state, plan.keep, as_read=as_read)}
         if in_memory:
             self._become(layer, plan, rows, factors)
         return figures

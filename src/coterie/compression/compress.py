@@ -254,8 +254,11 @@ class _Run:
             record,
             self.figures,
             self.layers,
-            [*self.output.notes, *self.method.notes()],
+            self._notes(),
         )
+
+    def _notes(self) -> list[str]:
+        return [*self.output.notes, *self.output.packed_notes(self.figures), *self.method.notes()]
 
     # -- the three ways -------------------------------------------------------------------------------------------
 
@@ -276,7 +279,7 @@ class _Run:
 
     def _apply(self, plans: Mapping[int, LayerPlan], progress: Progress) -> None:
         """One sweep over the weights alone."""
-        done = {line["layer"] for line in self.work.journal() if "layer" in line}
+        done = self._applied()
         progress.start("layers", len(self.streamed.layers), 0)
         for index in range(len(self.streamed.layers)):
             if index in plans and index not in done:
@@ -293,12 +296,18 @@ class _Run:
         self.streamed.forget_buffers()
         progress.done()
 
+    def _applied(self) -> set[int]:
+        """Layers an earlier run has written; what it told of them is told again."""
+        lines = [line for line in self.work.journal() if "layer" in line]
+        self.figures |= {line["layer"]: line["figures"] for line in lines if line["figures"]}
+        return {line["layer"] for line in lines}
+
     def _apply_on_text(self, plans: Mapping[int, LayerPlan], states: States, progress: Progress) -> None:
         """A second sweep with the text: each layer is looked at again, edited and written."""
         assert self.data is not None
         kept = states.kept()
         first = 0 if kept is None else kept + 1
-        done = {line["layer"] for line in self.work.journal() if "layer" in line}
+        done = self._applied()
         if any(index < first and index not in done for index in plans):
             first = 0
         for index in range(first):
@@ -405,7 +414,7 @@ class _Run:
             before=self.before,
             after=after,
             figures=self.figures,
-            notes=[*self.output.notes, *self.method.notes()],
+            notes=self._notes(),
             sweeps=self.sweeps,
             propagate=self.propagate,
             budget=plan.budget,

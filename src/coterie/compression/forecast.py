@@ -74,7 +74,7 @@ def forecast(
 ) -> Forecast:
     """What compressing to `keep_share` of the experts will need, in `sweeps` passes. Reads headers only."""
     tensors = streamed.checkpoint.tensors
-    layer_bytes = max(sum(tensors[k].nbytes for k in keys) for keys in streamed.layer_keys)
+    layer_bytes = max(sum(tensors[k].bytes_in_memory for k in keys) for keys in streamed.layer_keys)
     widen = streamed.compute_dtype.itemsize
     small = max(
         sum(tensors[k].numel for k in keys if not _is_expert(streamed, k)) * widen for keys in streamed.layer_keys

@@ -113,6 +113,7 @@ def pad(
     Raises UsageError if all layers are the same already, or if text is needed and missing. Peak memory: two copies of
     the largest MoE layer.
     """
+    streamed.refuse_packed("its layers cannot be padded")
     if any(form_of(layer).describe() for layer in streamed.moe.values()):
         raise UsageError(
             f"the experts of {model} are shared, factored or compressed, which only Coterie can run: nothing to pad"

@@ -73,7 +73,8 @@ def known_counts(streamed: StreamedModel, method: Method, budget: Budget, size: 
 
 def check_editable(streamed: StreamedModel, method: Method) -> None:
     """Raise UsageError if `method` cannot work on this model: it changes matrices of experts that are stored as
-    factors, or anything of experts that vectors stand in for; or for reasons of its own."""
+    factors, or anything of experts that vectors stand in for; or for reasons of its own. Raise ModelError if it would
+    store experts in a form that a packed checkpoint has no room for."""
     compressed = [index for index, layer in streamed.moe.items() if is_compressed(layer.experts)]
     if compressed:
         raise UsageError(
@@ -88,6 +89,8 @@ def check_editable(streamed: StreamedModel, method: Method) -> None:
             "Remove, merge or heal first, from the checkpoint it was made from; quantize last.",
         )
     method.check_model(streamed.moe)
+    if any(method.ranks(layer) for layer in streamed.moe.values()):
+        streamed.refuse_packed("low-rank factors of its experts would not be")
     factored = [index for index, layer in streamed.moe.items() if layer.bank.factored]
     edits = method.rebuilds or isinstance(method, OwnJob)
     if factored and (edits or any(method.ranks(layer) for layer in streamed.moe.values())):

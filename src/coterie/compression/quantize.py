@@ -91,14 +91,17 @@ class QuantizedOutput(Output):
             config["quantization_config"]["checksums"] = dict(sorted(self.checksums.items()))
         return config
 
-    def write(self, state: Mapping[str, Tensor], keep: Sequence[int] | None = None) -> None:
+    def write(
+        self, state: Mapping[str, Tensor], keep: Sequence[int] | None = None, *, as_read: Collection[str] = ()
+    ) -> dict[str, float]:
         self.checksums |= {name: packed.checksum(tensor) for name, tensor in state.items()}
-        super().write(state, keep)
+        return super().write(state, keep, as_read=as_read)
 
 
 def check_quantizable(streamed: StreamedModel, method: Quantizer) -> None:
     """Raise UsageError for a model this cannot work on."""
     method.check()
+    streamed.refuse_packed("rounding what is rounded already is not built")
     check_editable(streamed, method)
 
 

@@ -129,6 +129,7 @@ class _Run:
                 f"{name} judges neurons by what they do on text, and no text was given",
                 "Name some with --data, or use --set criterion=magnitude.",
             )
+        streamed.refuse_packed("narrower experts would not fit its blocks")
         self.streamed, self.model, self.method, self.name = streamed, model, method, name
         self.data = data if method.needs_text else None
         self.shard_bytes, self.seed = shard_bytes, seed

@@ -30,7 +30,7 @@ from coterie.compression.forecast import Forecast, forecast
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.planning import check_editable
 from coterie.compression.records import earlier_steps, record_of, versions
-from coterie.compression.sites import Inputs, matrix, sites
+from coterie.compression.sites import Inputs, Site, matrix, sites
 from coterie.compression.sizes import Size, measure, router_parameters_per_expert
 from coterie.compression.sparsifying.base import Sparsifier
 from coterie.compression.sparsifying.owl import Owl
@@ -328,16 +328,21 @@ class _Run:
             figures["zeros"] += zeros
             figures[f"zeros_{site.kind}"] = figures.get(f"zeros_{site.kind}", 0) + zeros
             figures[f"weights_{site.kind}"] = figures.get(f"weights_{site.kind}", 0) + site.weights
-            figures["bytes_sparse"] += sparse_bytes(site.weights, zeros, kept.element_size())
+            figures["bytes_sparse"] += sparse_bytes(site.weights, zeros, self._bytes_per_weight(site))
         figures["unreached_experts"] = len(unreached)
         if E:
             figures["kurtosis_before"] = sum(m.kurtosis for m in before) / E
             figures["kurtosis_after"] = sum(m.kurtosis for m in after) / E
-        self.output.write(stored, range(E))
+        figures |= self.output.write(stored, range(E))
         self.output.copy_rest(streamed.layer_keys[index])
         self.output.writer.sync()
         self.figures[index] = figures
         self.work.record({"layer": index, "figures": figures})
+
+    def _bytes_per_weight(self, site: Site) -> float:
+        """As it is stored, with its scales where it is packed."""
+        infos = [self.streamed.checkpoint.tensors[key] for key in self.streamed.keys_of([site.name])]
+        return sum(info.nbytes for info in infos) / sum(info.numel for info in infos)
 
     # -- records --------------------------------------------------------------------------------------------------
 
@@ -385,7 +390,7 @@ class _Run:
 
     def _record(self, plan: Plan, after: Size) -> dict[str, Any]:
         data, summary = self.data, self._summary()
-        notes = list(self.output.notes)
+        notes = [*self.output.notes, *self.output.packed_notes(self.figures)]
         if summary["unreached_experts"]:
             notes.append(
                 f"{summary['unreached_experts']} experts received no calibration token and were pruned by magnitude"
@@ -407,9 +412,9 @@ class _Run:
         )
 
 
-def sparse_bytes(weights: int, zeros: int, itemsize: int) -> int:
+def sparse_bytes(weights: int, zeros: int, itemsize: float) -> int:
     """Bytes of one bit per weight and the values that are not zero."""
-    return -(-weights // 8) + (weights - zeros) * itemsize
+    return -(-weights // 8) + round((weights - zeros) * itemsize)
 
 
 def _mean_kurtosis(figures: Mapping[int, Figures]) -> dict[str, float]:

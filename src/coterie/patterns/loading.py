@@ -35,7 +35,7 @@ from coterie.compression.selector import Budget, counts_for
 from coterie.errors import CheckpointError, ModelError, UsageError
 from coterie.patterns.retrieval import Match, match, nearest, text_key
 from coterie.patterns.store import PatternStore
-from coterie.streaming.checkpoint import DTYPES, Checkpoint, TensorInfo
+from coterie.streaming.checkpoint import DTYPES, Checkpoint, PackedInfo, TensorInfo
 from coterie.streaming.model import StreamedModel, all_finite, put_tensor
 from coterie.text import Document, TokenData, check_ids, from_text
 
@@ -309,8 +309,7 @@ def _dtype(name: str, source: StreamedModel) -> str:
     """The dtype to hold the model in: as it is stored, unless one is named."""
     if name != "auto":
         return name.removeprefix("torch.")
-    largest = max(source.checkpoint.tensors.values(), key=lambda info: info.nbytes)
-    return str(DTYPES[largest.dtype]).removeprefix("torch.")
+    return str(source.own_dtype).removeprefix("torch.")
 
 
 def expert_params(layer: MoELayer) -> list[str]:
@@ -335,6 +334,7 @@ def _expert_files(streamed: StreamedModel) -> tuple[dict[int, dict[str, ExpertFi
                 files[index][param] = ExpertFiles([[tensors[k] for k in part] for part in layout.keys], layout.starts)
             elif (
                 len(keys) == 1
+                and not isinstance(tensors[keys[0]], PackedInfo)
                 and tensors[keys[0]].shape == shape
                 and rename_source_key(keys[0], renamings, converters)[1] is None
             ):

@@ -3,6 +3,8 @@
 Bytes are read with positioned reads straight into the tensor that will hold them: nothing is memory-mapped, so a
 checkpoint of any size costs only what is asked for, also under an address-space limit. All headers are checked when
 the checkpoint is opened, so that a truncated shard is reported before any work. It knows no model.
+
+Where weights are stored in a packed form (see `stored`), `tensors` names the weights and `stored` what the files hold.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from coterie.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from coterie.streaming.stored.form import StoredForm
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -30,6 +35,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -67,8 +73,45 @@ class TensorInfo:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def bytes_in_memory(self) -> int:
+        """Bytes of the tensor that `Checkpoint.read` returns."""
+        return self.numel * DTYPES[self.dtype].itemsize
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """The tensors of the files that hold it."""
+        return (self,)
+
     def meta(self) -> Tensor:
         return torch.empty(self.shape, dtype=DTYPES[self.dtype], device="meta")
+
+
+@dataclass(frozen=True)
+class PackedInfo(TensorInfo):
+    """A weight that several tensors of the files make up together: numbers in a narrow format and their scales.
+
+    dtype, shape : of the weight as it is read. packed : those tensors, in the order `form` takes them; the place is
+    that of the first.
+    """
+
+    form: StoredForm
+    packed: tuple[TensorInfo, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.packed)
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return self.packed
+
+    @classmethod
+    def of(
+        cls, key: str, dtype: torch.dtype, shape: tuple[int, ...], form: StoredForm, packed: tuple[TensorInfo, ...]
+    ) -> PackedInfo:
+        first = packed[0]
+        return cls(key, first.file, DTYPE_NAMES[dtype], shape, first.begin, first.end, form, packed)
 
 
 class LazyTensor:
@@ -92,18 +135,25 @@ class LazyTensor:
 class Checkpoint:
     """An opened checkpoint folder.
 
-    folder : where it lies. raw_config : parsed config.json. tensors : {key: TensorInfo} in file order.
-    on_read : called with (key, tensor) after each read, from whichever thread reads.
+    folder : where it lies. raw_config : parsed config.json. tensors : {key: TensorInfo} in file order, of weights.
+    stored : the same of the tensors in the files; other ones only after `unpack`.
+    on_weight : called with (key, tensor) for each weight that was read, from whichever thread reads.
+    on_read : the same for each tensor of the files, as it lies there.
     """
 
     folder: Path
     raw_config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    on_weight: Callable[[str, Tensor], None] | None = None
     on_read: Callable[[str, Tensor], None] | None = None
+    stored: dict[str, TensorInfo] = field(init=False)
     bytes_read: int = 0
     _digest: str = ""
     _files: dict[Path, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.stored = self.tensors
 
     @classmethod
     def open(cls, model: str | Path, *, offline: bool = False) -> Checkpoint:
@@ -134,33 +184,62 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
+        return sum(info.nbytes for info in self.stored.values())
+
+    def unpack(self, form: StoredForm, dtype: torch.dtype) -> None:
+        """From now on, `tensors` are the weights that the files hold in `form`, read as `dtype` where it has no better
+        one. Raises CheckpointError where the files do not hold what that form asks for."""
+        self.tensors = form.weights(self.stored, dtype)
 
     def lazy(self, keys: Iterable[str]) -> dict[str, LazyTensor]:
         return {key: LazyTensor(self, key) for key in keys}
 
     def read(self, key: str, out: Tensor | None = None) -> Tensor:
-        """The tensor `key` in its stored dtype. `out`, contiguous and of that shape and dtype, is filled if given."""
+        """The weight `key` in its dtype. `out`, contiguous and of that shape and dtype, is filled if given."""
         info = self.tensors[key]
         tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype]) if out is None else out
+        if isinstance(info, PackedInfo):
+            info.form.unpack(self.read_parts(key, passing=True), tensor)
+            self._weight(key, tensor)
+        else:
+            self._fill(info, tensor)
+            self._weight(key, tensor)
+            self._passing(key, tensor)
+        return tensor
+
+    def read_parts(self, key: str, *, passing: bool = False) -> list[Tensor]:
+        """What the files hold of the weight `key`; shown to `on_read` only if it is `passing` through."""
+        parts = []
+        for info in self.tensors[key].parts:
+            parts.append(torch.empty(info.shape, dtype=DTYPES[info.dtype]))
+            self._fill(info, parts[-1])
+            if passing:
+                self._passing(info.key, parts[-1])
+        return parts
+
+    def _weight(self, key: str, tensor: Tensor) -> None:
+        if self.on_weight is not None:
+            self.on_weight(key, tensor)
+
+    def _passing(self, key: str, tensor: Tensor) -> None:
+        if self.on_read is not None:
+            self.on_read(key, tensor)
+
+    def _fill(self, info: TensorInfo, tensor: Tensor) -> None:
         if info.nbytes:
             view = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
             done = 0
             while done < info.nbytes:
                 count = os.preadv(self._descriptor(info.file), [view[done : done + 2**30]], info.begin + done)
                 if count <= 0:
-                    raise CheckpointError(f"{info.file.name}: ends in the middle of tensor {key!r}")
+                    raise CheckpointError(f"{info.file.name}: ends in the middle of tensor {info.key!r}")
                 done += count
         with self._lock:
             self.bytes_read += info.nbytes
-        if self.on_read is not None:
-            self.on_read(key, tensor)
-        return tensor
 
     def prefetch(self, keys: Iterable[str], stop: threading.Event) -> None:
         """Ask the system to have these tensors in its page cache soon. Costs no memory of this process."""
-        for key in keys:
-            info = self.tensors[key]
+        for info in self._parts(keys):
             for position in range(info.begin, info.end, _READAHEAD):
                 if stop.is_set():
                     return
@@ -169,16 +248,18 @@ class Checkpoint:
 
     def release(self, keys: Iterable[str]) -> None:
         """Tell the system that these bytes will not be read again; it may drop them from its cache."""
-        for key in keys:
-            info = self.tensors[key]
+        for info in self._parts(keys):
             os.posix_fadvise(self._descriptor(info.file), info.begin, info.nbytes, os.POSIX_FADV_DONTNEED)
+
+    def _parts(self, keys: Iterable[str]) -> Iterable[TensorInfo]:
+        return (part for key in keys for part in self.tensors[key].parts)
 
     def digest(self) -> str:
         """Identity of the checkpoint: config, names, shapes and places of tensors, and a sample of each one's bytes."""
         if self._digest:
             return self._digest
         sha = hashlib.sha256(json.dumps(self.raw_config, sort_keys=True).encode())
-        for info in self.tensors.values():
+        for info in self.stored.values():
             sha.update(f"{info.key} {info.dtype} {info.shape} {info.file.name} {info.begin}".encode())
             middle = info.begin + info.nbytes // 2
             sha.update(os.pread(self._descriptor(info.file), min(1024, info.end - middle), middle))

@@ -11,6 +11,8 @@ from transformers import AutoConfig
 from coterie.anatomy.uneven import check_header, is_coterie
 from coterie.errors import CheckpointError, CoterieError, UsageError
 from coterie.streaming.checkpoint import Checkpoint
+from coterie.streaming.stored import form_of
+from coterie.streaming.stored.form import StoredForm
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,15 +40,7 @@ def read_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
                 f"{checkpoint.folder.name} needs code that comes with the checkpoint",
                 "Read that code first; pass --trust-remote-code if you trust it.",
             )
-    quantized = next(_entries(raw, "quantization_config"), None)
-    if isinstance(quantized, dict) and is_coterie(quantized):
-        check_header(quantized)
-    elif quantized:
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
-        raise CheckpointError(
-            f"{checkpoint.folder.name} is quantized ({method}); only 16 and 32 bit checkpoints can be streamed",
-            "Start from the unquantized checkpoint and quantize the result.",
-        )
+    stored_form(checkpoint)
     for depth in _entries(raw, "num_hidden_layers"):
         _check_depth(depth, checkpoint)  # before config classes make lists of that length
     try:
@@ -58,6 +52,20 @@ def read_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
         raise CheckpointError(f"config.json cannot be used: {one_line(error)}") from error
     _check_depth(depth, checkpoint)
     return config
+
+
+def stored_form(checkpoint: Checkpoint) -> StoredForm | None:
+    """The packed form that config.json says weights are stored in; None for ordinary numbers.
+
+    Raises CheckpointError for a quantization that cannot be read, and for an unusable header of our own.
+    """
+    for entry in _entries(checkpoint.raw_config, "quantization_config"):
+        if isinstance(entry, dict) and is_coterie(entry):
+            check_header(entry)
+            entry = entry.get("packed")
+        if entry:
+            return form_of(entry, checkpoint.folder.name)
+    return None
 
 
 def _entries(raw: dict[str, Any], name: str) -> Iterator[Any]:

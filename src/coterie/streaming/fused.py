@@ -54,6 +54,10 @@ class FusedLayout:
             for s, key in enumerate(self.keys[position]):
                 yield key, fused[expert, starts[s] : starts[s + 1]]
 
+    def sources(self, keep: Sequence[int]) -> Iterator[str]:
+        """Where each of `tensors` was read from."""
+        return (key for expert in keep for key in self.keys[expert])
+
 
 def fused_layouts(
     checkpoint: Checkpoint,

@@ -6,6 +6,8 @@ config before a single weight is read.
 
 Peak memory: embeddings (only until the batches have been embedded), or one layer. Experts keep the dtype they are
 stored in and are widened one at a time when they run; everything else is small and is cast to the compute dtype.
+Experts that are stored packed (see `stored`) are unpacked when their layer is loaded: FP8 to the compute dtype (in
+float32, four times the bytes of the files; --compute-dtype bfloat16 halves that), MXFP4 to bfloat16 (3.8 times).
 """
 
 from __future__ import annotations
@@ -33,11 +35,11 @@ from transformers.modeling_utils import LoadStateDictConfig
 from coterie.anatomy import MoELayer, decoder_layers, is_experts_module, moe_layers
 from coterie.anatomy.architectures import model_class_of
 from coterie.anatomy.uneven import checksums_of, damage, is_coterie, rebuild
-from coterie.errors import CheckpointError, CoterieError
+from coterie.errors import CheckpointError, CoterieError, ModelError
 from coterie.experts import forward as experts_forward
 from coterie.experts.packed import checksum
-from coterie.streaming.checkpoint import DTYPES, Checkpoint
-from coterie.streaming.config import choose_compute_dtype, one_line, read_config
+from coterie.streaming.checkpoint import DTYPES, Checkpoint, PackedInfo
+from coterie.streaming.config import choose_compute_dtype, one_line, read_config, stored_form
 from coterie.streaming.fused import fused_layouts
 
 
@@ -58,6 +60,7 @@ class StreamedModel:
 
     Attributes
     ----------
+    form : the packed form its weights are stored in; None for ordinary numbers
     model : PreTrainedModel, on meta except what is loaded
     layers, prefix : the decoder layers and their path
     moe : {layer index: MoELayer}
@@ -79,9 +82,10 @@ class StreamedModel:
         self.checkpoint, self.device, self.experts = checkpoint, device, experts
         self.allow_nonfinite = allow_nonfinite
         self.config = read_config(checkpoint, trust_remote_code=trust_remote_code)
-        stored = max(checkpoint.tensors.values(), key=lambda info: info.nbytes, default=None)
-        stored_dtype = DTYPES[stored.dtype] if stored else torch.float32
-        self.compute_dtype = choose_compute_dtype(compute_dtype, device, stored_dtype)
+        self.form = stored_form(checkpoint)
+        self.compute_dtype = choose_compute_dtype(compute_dtype, device, self.own_dtype)
+        if self.form is not None:
+            checkpoint.unpack(self.form, self.compute_dtype)
         self.model = self.build()
         self.prefix, self.layers = decoder_layers(self.model)
         self.mapping = get_model_conversion_mapping(self.model)
@@ -105,12 +109,29 @@ class StreamedModel:
             else:
                 self.outer_keys.append(key)
         self._checksums = checksums_of(checkpoint.raw_config.get("quantization_config"))
-        checkpoint.on_read = self._on_read
+        checkpoint.on_weight, checkpoint.on_read = self._check_weight, self._hand_on
         self.on_read: Any = None
         self._errors: list[CoterieError] = []
         self.retain: set[str] = set()  # parameters whose stored values are wanted besides the cast ones
         self.retained: dict[str, Tensor] = {}
         self._prefetch: tuple[threading.Thread, threading.Event] | None = None
+
+    def refuse_packed(self, why: str) -> None:
+        """Raise ModelError where weights are stored packed: for jobs whose result could not be stored so."""
+        if self.form is not None:
+            raise ModelError(
+                f"{self.checkpoint.folder.name} is stored as {self.form.name}: {why}",
+                "Start from the unquantized checkpoint and quantize the result.",
+            )
+
+    @property
+    def own_dtype(self) -> torch.dtype:
+        """The dtype the model's weights have: that of its largest tensor; of packed ones, what the config says."""
+        if self.form is not None:
+            named = getattr(self.config.get_text_config(decoder=True), "dtype", None) or self.config.dtype
+            return named if isinstance(named, torch.dtype) else torch.bfloat16
+        largest = max(self.checkpoint.tensors.values(), key=lambda info: info.nbytes, default=None)
+        return DTYPES[largest.dtype] if largest else torch.float32
 
     # -- building and checking ------------------------------------------------------------------------------------
 
@@ -143,11 +164,22 @@ class StreamedModel:
             if name not in state and key in state:
                 name = key
             params[key] = name if name in state else None
+        self._check_one_form(params)
         for key, matched in params.items():  # on meta, every parameter takes the dtype it is stored in
             if matched is not None:
                 self._stored_dtype[matched] = DTYPES[self.checkpoint.tensors[key].dtype]
                 put_tensor(self.model, matched, state[matched].to(self._stored_dtype[matched]))
         return params
+
+    def _check_one_form(self, params: dict[str, str | None]) -> None:
+        """Raise CheckpointError where the tensors of one parameter are stored in different forms: an expert could not
+        take another one's place with its bytes."""
+        seen: dict[str, tuple[str, object]] = {}
+        for key, param in params.items():
+            info = self.checkpoint.tensors[key]
+            stored = tuple(part.dtype for part in info.parts) if isinstance(info, PackedInfo) else None
+            if param is not None and (first := seen.setdefault(param, (key, stored)))[1] != stored:
+                raise CheckpointError(f"{first[0]} and {key} are parts of one parameter and stored in different forms")
 
     def _check_by_dry_conversion(self) -> None:
         metas = {key: _MetaSlice(info.meta()) for key, info in self.checkpoint.tensors.items()}
@@ -359,20 +391,21 @@ class StreamedModel:
                     return dtype  # type: ignore[no-any-return]
         return self.compute_dtype
 
-    def _on_read(self, key: str, tensor: Tensor) -> None:
+    def _check_weight(self, key: str, tensor: Tensor) -> None:
         written = self._checksums.get(self.params[key] or "")
         if written is not None and checksum(tensor) != written:
             self._errors.append(damage(str(self.params[key])))
         checked = not self.allow_nonfinite and tensor.dtype in _EXPONENT and tensor.numel() > 0
         if checked and not all_finite(tensor):
-            bad = int((~torch.isfinite(tensor)).sum())
+            bad = int((~torch.isfinite(tensor.float())).sum())
             error = CheckpointError(
                 f"{key} holds {bad} NaN or Inf weights of {tensor.numel()}",
                 "The checkpoint is damaged; --allow-nonfinite goes on regardless.",
             )
             self._errors.append(error)
-            return
-        if self.on_read is not None:
+
+    def _hand_on(self, key: str, tensor: Tensor) -> None:
+        if self.on_read is not None and not self._errors:
             try:
                 self.on_read(key, tensor)
             except CoterieError as error:
@@ -407,6 +440,9 @@ _EXPONENT = {
     torch.float16: (torch.int16, 0x7FFF, 0x7C00),
     torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
     torch.float64: (torch.int64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
+    torch.float8_e4m3fn: (torch.uint8, 0x7F, 0x7F),  # has no Inf: the pattern is its NaN
+    torch.float8_e5m2: (torch.uint8, 0x7F, 0x7C),
+    torch.float8_e8m0fnu: (torch.uint8, 0xFF, 0xFF),
 }
 
 

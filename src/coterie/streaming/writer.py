@@ -32,14 +32,17 @@ DEFAULT_SHARD_BYTES = 5 * 10**9  # what save_pretrained of older readers called 
 
 @dataclass(frozen=True)
 class Spec:
-    """One tensor that will be written."""
+    """One tensor that will be written. parts : the tensors that are really written of it, where it is packed."""
 
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    parts: tuple[Spec, ...] = ()
 
     @property
     def nbytes(self) -> int:
+        if self.parts:
+            return sum(part.nbytes for part in self.parts)
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -211,7 +214,7 @@ class ShardWriter:
     ----------
     folder : Path
     specs : sequence of Spec
-        All tensors, in the order they shall have.
+        All tensors, in the order they shall have. Of packed ones, the parts are written.
     shard_bytes : int
         Most bytes of tensors per shard (a single larger tensor gets a shard of its own).
 
@@ -220,9 +223,10 @@ class ShardWriter:
 
     def __init__(self, folder: Path, specs: Sequence[Spec], shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
         self.folder = folder
+        self._parts = {spec.key: [part.key for part in spec.parts] for spec in specs if spec.parts}
         groups: list[list[Spec]] = [[]]
         size = 0
-        for spec in specs:
+        for spec in (part for whole in specs for part in whole.parts or (whole,)):
             if groups[-1] and size + spec.nbytes > shard_bytes:
                 groups.append([])
                 size = 0
@@ -253,12 +257,13 @@ class ShardWriter:
         return sum(self.places[key].nbytes for key in self._written)
 
     def has(self, key: str) -> bool:
-        """Has this tensor been written in this run?"""
-        return key in self._written
+        """Has this tensor, with all its parts, been written in this run?"""
+        return self._written.issuperset(self._parts.get(key, [key]))
 
     def mark(self, keys: Iterable[str]) -> None:
         """These were written by an earlier run."""
-        self._written.update(keys)
+        for key in keys:
+            self._written.update(self._parts.get(key, [key]))
 
     def _check_room(self) -> None:
         there = sum((self.folder / n).stat().st_blocks * 512 for n in self.names if (self.folder / n).exists())

@@ -175,7 +175,8 @@ def factorize_forecast(
 
 
 def check_dense(streamed: StreamedModel, model: str) -> None:
-    """Raise UsageError where experts are no matrices any more."""
+    """Raise UsageError where experts are no matrices any more, ModelError where they are stored packed."""
+    streamed.refuse_packed("low-rank factors of its experts would not be")
     if any(layer.bank.factored for layer in streamed.moe.values()):
         raise UsageError(f"the experts of {model} are stored as factors already", "Start from the checkpoint before.")
 

@@ -101,6 +101,7 @@ def finetune(
         raise UsageError("no steps to train", "Give --router-steps or --steps.")
     team = processes(device)
     student = StreamedModel(Checkpoint.open(folder), device=device)
+    student.refuse_packed("what is trained would not be")
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     job = {"finetune": stored, "data": data.digest, "schedule": asdict(schedule), "seed": seed}
     job = json.loads(json.dumps(job, default=str))

@@ -321,6 +321,9 @@ def heal(
     began = time.monotonic()
     options.check(student.device)
     check_choices(train, logits, options.loss, lora_rank)
+    student.refuse_packed("what is trained would not be")
+    if logits == "online":
+        teacher.refuse_packed("a teacher like that has to be asked before (--logits cached)")
     team = processes(student.device)
     versions = {n: importlib.metadata.version(n) for n in ("coterie", "torch", "transformers", "accelerate")}
     asked = {**asdict(options), "train": train, "logits": logits} | (
