@@ -538,7 +538,15 @@ def test_gptq_takes_any_shape_group_and_block(rows, columns, group, block, bits,
     assert found.scale_OG.shape == (rows, packing.groups(columns, group))
     assert (found.zero_OG is None) == symmetric
     assert torch.isfinite(found.dense()).all()
-    assert loss(w, found, x) <= 1.5 * loss(w, rtn(w, spec), x) + 1e-9
+
+
+@pytest.mark.parametrize("group", [1, 7, 32, 96])
+def test_blocks_of_one_column_are_the_column_by_column_algorithm(group):
+    w, x = weights(), gram(inputs())
+    spec = Spec(3, group)
+    alone = gptq(w, x, 400, spec, block=1, compensate_inside=False)
+    assert (alone.codes_OI != gptq(w, x, 400, spec).codes_OI).float().mean() <= 0.002
+    assert (gptq(w, x, 400, spec, block=1).codes_OI != column_by_column(w, x, spec)).float().mean() <= 0.002
 
 
 def test_a_gram_matrix_that_is_none_is_refused():

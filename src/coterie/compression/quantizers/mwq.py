@@ -24,7 +24,6 @@ chain whose errors have the smallest product over the levels. "paper" is the fir
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -103,54 +102,53 @@ def mwq(
     rounded = rtn(w_OI, spec)
     if gram_II is None or not gram_II.any():
         ones_I = torch.ones_like(w_OI[0])
-        return _nested(rounded, planes, lambda below_OI: _signs(w_OI - below_OI, ones_I, spec))
+        nested, below_OI = Nested(rounded, []), rounded.dense()
+        for _ in range(planes):
+            nested.planes.append(_signs(w_OI - below_OI, ones_I, spec))
+            below_OI = with_plane(below_OI, *nested.planes[-1], spec.group)
+        return nested
     gram_II = gram_II.float()
     factor_II = upper_factor(gram_II[None], damp)[0] if planes and compensate != "never" else None
-
-    def chain(base: Coded, factor_II: Tensor | None) -> Nested:
-        return _nested(base, planes, lambda below: _best_plane(w_OI, below, gram_II, factor_II, spec, block))
-
     if compensate == "never":
-        return chain(rounded, None)
-    paper = chain(gptq(w_OI, gram_II, 1, spec, block=block, damp=damp, compensate_inside=False), factor_II)
-    if compensate == "paper":
-        return paper
-    chains = [paper, chain(rounded, factor_II), chain(rounded, None)]
-    return min(chains, key=lambda nested: _log_errors(w_OI, nested, gram_II))
+        return _chain(w_OI, rounded, planes, gram_II, None, spec, block)[1]
+    blocks = gptq(w_OI, gram_II, 1, spec, block=block, damp=damp, compensate_inside=False)
+    chains = [_chain(w_OI, blocks, planes, gram_II, factor_II, spec, block)]
+    if compensate == "best":
+        chains.append(_chain(w_OI, rounded, planes, gram_II, factor_II, spec, block))
+        chains.append(_chain(w_OI, rounded, planes, gram_II, None, spec, block))
+    return min(chains, key=lambda chain: chain[0])[1]
 
 
-def _nested(base: Coded, planes: int, plane: Callable[[Tensor], Plane]) -> Nested:
-    """The base and its planes, each found from what is below it."""
+def _chain(
+    w_OI: Tensor, base: Coded, planes: int, gram_II: Tensor, factor_II: Tensor | None, spec: Spec, block: int
+) -> tuple[float, Nested]:
+    """The base and its planes, each found from what is below it; and the logarithms of the levels' errors, added up.
+
+    Every width counts, each against its own size. Planes are each row's better one of two, or the only one without a
+    factor, where that is any better than none.
+    """
     nested, below_OI = Nested(base, []), base.dense()
-    for _ in range(planes):
-        sign_OI, scale_OG = plane(below_OI)
-        nested.planes.append((sign_OI, scale_OG))
-        below_OI = with_plane(below_OI, sign_OI, scale_OG, base.group)
-    return nested
-
-
-def _log_errors(w_OI: Tensor, nested: Nested, gram_II: Tensor) -> float:
-    """The logarithms of the levels' errors, added up: every width counts, each against its own size."""
-    levels = range(len(nested.planes) + 1)
-    return sum(math.log(float(energy(w_OI - nested.dense(k), gram_II).sum()) + 1e-30) for k in levels)
-
-
-def _best_plane(
-    w_OI: Tensor, below_OI: Tensor, gram_II: Tensor, factor_II: Tensor | None, spec: Spec, block: int
-) -> Plane:
-    """One plane above what is there: each row's best of two, or of one without a factor, if it is any better."""
     weight_I = gram_II.diagonal()
-    ways = [_signs(w_OI - below_OI, weight_I, spec)]
-    if factor_II is not None:
-        ways.append(_compensated(w_OI, below_OI, weight_I, factor_II, spec, block))
-    best_OI, best_OG = ways[0][0], torch.zeros_like(ways[0][1])
     lowest_O = energy(w_OI - below_OI, gram_II)
-    for sign_OI, scale_OG in ways:
-        cost_O = energy(w_OI - with_plane(below_OI, sign_OI, scale_OG, spec.group), gram_II)
-        better_O1 = (cost_O < lowest_O)[:, None]
-        best_OI, best_OG = torch.where(better_O1, sign_OI, best_OI), torch.where(better_O1, scale_OG, best_OG)
-        lowest_O = torch.minimum(cost_O, lowest_O)
-    return best_OI, best_OG
+    total = _log(lowest_O)
+    for _ in range(planes):
+        ways = [_signs(w_OI - below_OI, weight_I, spec)]
+        if factor_II is not None:
+            ways.append(_compensated(w_OI, below_OI, weight_I, factor_II, spec, block))
+        best_OI, best_OG = ways[0][0], torch.zeros_like(ways[0][1])
+        for sign_OI, scale_OG in ways:
+            cost_O = energy(w_OI - with_plane(below_OI, sign_OI, scale_OG, spec.group), gram_II)
+            better_O1 = (cost_O < lowest_O)[:, None]
+            best_OI, best_OG = torch.where(better_O1, sign_OI, best_OI), torch.where(better_O1, scale_OG, best_OG)
+            lowest_O = torch.minimum(cost_O, lowest_O)
+        nested.planes.append((best_OI, best_OG))
+        below_OI = with_plane(below_OI, best_OI, best_OG, spec.group)
+        total += _log(lowest_O)
+    return total, nested
+
+
+def _log(cost_O: Tensor) -> float:
+    return math.log(float(cost_O.sum()) + 1e-30)
 
 
 def _signs(r_OI: Tensor, weight_I: Tensor, spec: Spec) -> Plane:
