@@ -489,6 +489,7 @@ class _Run:
             grids.symmetric,
             packing.scale_dtype(stored),
             search=method.search,
+            narrowest=method.narrowest,
             float_zero=method.float_zero and not grids.symmetric,
         )
         gram_II = None if inputs is None else inputs.gram(site, expert)

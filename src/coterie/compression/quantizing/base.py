@@ -40,7 +40,11 @@ class Quantizer(OwnJob):
     float_zero: bool = Field(
         True, description="Zero points that are no integers: costs nothing here, and helps at 2 and 3 bits."
     )
-    search: bool = Field(False, description="Try 101 ranges for every group and take the best; slow.")
+    search: bool = Field(
+        False,
+        description="Try 101 ranges for every group and take the best: much better at 2 bits, several times slower.",
+    )
+    narrowest: float = Field(0.3, gt=0, le=1, description="search: the narrowest range, as share of the plain one.")
     low_bit: Literal["gptq", "mc"] = Field(
         "gptq", description="gptq at 1 to 3 bits: whole, or as MC's code, where only blocks of 128 inputs make up."
     )
