@@ -21,7 +21,7 @@ from inprocess import cli
 
 ROOT = Path(__file__).parent.parent
 GENERATED = ("methods", "statistics", "cli", "architectures", "reproductions")
-HANDS = ("shrink", "combine", "specialise", "understand")
+HANDS = ("shrink", "quantize", "combine", "specialise", "understand")
 WRITTEN = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{name}.md" for name in HANDS))
 PAGES = (*WRITTEN, *(f"docs/{name}.md" for name in GENERATED), "benchmarks/README.md")
 FOLLOWED = ("README.md", *(f"docs/{name}.md" for name in HANDS))

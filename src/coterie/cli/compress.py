@@ -34,7 +34,7 @@ def compress(
         str | None,
         typer.Option(
             help="Carry out this recipe: a YAML file with methods, budgets and healing, or one that ships with Coterie"
-            " (prune-heal, merge-heal, merge-factorize, slim-heal-slim-heal)."
+            " (prune-heal, prune-quantize, merge-heal, merge-factorize, slim-heal-slim-heal)."
         ),
     ] = None,
     parameters: o.Set = None,
