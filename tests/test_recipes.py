@@ -37,8 +37,14 @@ def shortened(name, folder):
     return file
 
 
-def test_four_recipes_ship():
-    assert set(recipes()) == {"prune-heal", "merge-heal", "merge-factorize", "slim-heal-slim-heal"}
+def test_five_recipes_ship():
+    assert set(recipes()) == {
+        "prune-heal",
+        "prune-quantize",
+        "merge-heal",
+        "merge-factorize",
+        "slim-heal-slim-heal",
+    }
 
 
 @pytest.mark.parametrize("name", list(recipes()))
