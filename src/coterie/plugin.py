@@ -80,9 +80,10 @@ def register() -> None:
             rebuild(model, self.quantization_config.to_dict())
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            from coterie.experts.compressed import fill_missing
+            from coterie.experts import compressed, masks
 
-            fill_missing(model)
+            compressed.fill_missing(model)
+            masks.fill_missing(model)
             model.is_quantized = False  # its weights are ordinary numbers: they may be cast and trained
             return model
 

@@ -1,5 +1,5 @@
-"""What is special about the experts of a layer: shared by several router outputs, stored as low-rank factors, or only
-the strongest of a token run and vectors stand in for the rest (compressed experts).
+"""What is special about the experts of a layer: shared by several router outputs, stored as low-rank factors, only the
+strongest of a token run and vectors stand in for the rest (compressed experts), or a mask router chooses which run.
 
 config.json says so in its "coterie" header (see `uneven`), layer by layer:
 
@@ -26,9 +26,19 @@ from coterie.anatomy.experts import ExpertBank
 from coterie.anatomy.layers import MoELayer, moe_layers
 from coterie.anatomy.slicing import cut_experts
 from coterie.errors import CheckpointError
-from coterie.experts import compressed, factored, mapped
+from coterie.experts import compressed, factored, mapped, masks
 
 Projection = Literal["gate", "up", "down"]
+
+
+class MaskForm(BaseModel):
+    """The mask router in front of a layer's experts, see `experts.masks`. inner : width of its first layer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    inner: int = Field(ge=1)
+    candidates: masks.Candidates
+    renormalise: bool
 
 
 class Form(BaseModel):
@@ -37,7 +47,7 @@ class Form(BaseModel):
     map : stored expert of each of the router's outputs. ranks : rank of each projection's factors.
     rows : rows of each projection's sparse part, over all experts; only with ranks.
     main : experts that run per token, the strongest of those picked; single, renormalize_main : see
-    `experts.compressed`; only with main.
+    `experts.compressed`; only with main. skip : the mask router that lets a token run fewer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -48,6 +58,7 @@ class Form(BaseModel):
     main: Annotated[int, Field(ge=1)] | None = None
     single: bool | None = None
     renormalize_main: bool | None = None
+    skip: MaskForm | None = None
 
     def describe(self) -> dict[str, Any]:
         return self.model_dump(exclude_none=True)
@@ -93,6 +104,8 @@ def apply_forms(model: nn.Module, forms: Mapping[int, Form]) -> None:
             compressed.convert(layer.experts, form.main, single=single, renormalize_main=renormalize)
         elif form.single is not None or form.renormalize_main is not None:
             raise CheckpointError(f"config.json: layer {index} says how vectors stand in for experts, but has no main")
+        if form.skip is not None:
+            masks.attach(layer.experts, empty_mask_router(layer, form.skip))
 
 
 def form_of(layer: MoELayer) -> Form:
@@ -103,7 +116,35 @@ def form_of(layer: MoELayer) -> Form:
         ranks = {p: int(getattr(module, f"factor_{p}_a").shape[2]) for p in names}
         if hasattr(module, f"sparse_{names[0]}"):
             rows = {p: int(getattr(module, f"sparse_{p}").shape[0]) for p in names}
-    return Form(map=mapped.expert_map(module), ranks=ranks, rows=rows, **_compressed(module))  # type: ignore[arg-type]
+    more = {**_compressed(module), "skip": mask_form(module)}
+    return Form(map=mapped.expert_map(module), ranks=ranks, rows=rows, **more)  # type: ignore[arg-type]
+
+
+def mask_form(module: nn.Module) -> MaskForm | None:
+    """What describes the mask router of an experts module; None where there is none."""
+    router = masks.mask_router(module)
+    if router is None:
+        return None
+    return MaskForm(inner=router.inner, candidates=router.candidates, renormalise=router.renormalise)
+
+
+def empty_mask_router(layer: MoELayer, form: MaskForm) -> masks.MaskRouter:
+    """A mask router of this form that fits the layer, its weights not set. Raises CheckpointError if none fits."""
+    if layer.top_k < 2:
+        raise CheckpointError(f"layer {layer.index} runs {layer.top_k} expert per token: there is none to skip")
+    if form.candidates == "subsets" and layer.top_k > masks.MOST_SUBSETS:
+        raise CheckpointError(
+            f"layer {layer.index} runs {layer.top_k} experts per token, too many to choose among all subsets",
+            "Use nested masks.",
+        )
+    return masks.MaskRouter(
+        layer.bank.hidden_size,
+        layer.top_k,
+        form.inner,
+        candidates=form.candidates,
+        renormalise=form.renormalise,
+        device=next(layer.experts.parameters()).device,
+    )
 
 
 def _compressed(module: nn.Module) -> dict[str, Any]:
