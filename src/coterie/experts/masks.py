@@ -186,6 +186,7 @@ def attach(module: nn.Module, router: MaskRouter) -> None:
     if mask_router(module) is not None:
         raise ValueError("these experts have a mask router already")
     module.add_module(NAME, router)
+    module._is_expert_parallel = True  # type: ignore[assignment]  # transformers' own forwards then expect "no expert"
     module.register_forward_pre_hook(_masked, with_kwargs=True, prepend=True)  # it knows router ids, not stored experts
 
 

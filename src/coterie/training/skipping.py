@@ -279,7 +279,7 @@ def experts_run(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
         finally:
             for router in routers.values():
                 router.watch = None
-    told = []
+    told: list[dict[str, Any]] = []
     for index, counts in count_R.items():
         share_R = counts.double() / counts.sum()
         mean = float(share_R @ torch.arange(len(share_R), dtype=torch.float64))
