@@ -86,28 +86,11 @@ def ran(model, batch):
     mask = None if batch.mask_BL is None else batch.mask_BL.long()
     with ExitStack() as stack:
         for layer in layers:
-            taps[layer.index] = stack.enter_context(_observed(layer, Ran()))
+            taps[layer.index] = Ran()
+            stack.enter_context(observe(layer.experts, taps[layer.index]))
         out = model(batch.ids_BL, attention_mask=mask, use_cache=False).logits
     shape = batch.ids_BL.shape
     return out, {m.index: (taps[m.index].ids[0] < m.num_experts).sum(-1).view(shape) for m in layers}
-
-
-def _observed(layer, tap):
-    stack = ExitStack()
-    stack.enter_context(observe(layer.experts, tap))
-    stack.__enter__ = lambda: tap
-    return _Yield(stack, tap)
-
-
-class _Yield:
-    def __init__(self, stack, tap):
-        self.stack, self.tap = stack, tap
-
-    def __enter__(self):
-        return self.tap
-
-    def __exit__(self, *exc):
-        self.stack.close()
 
 
 # -- importance -------------------------------------------------------------------------------------------------------
@@ -272,13 +255,14 @@ def test_a_streamed_model_protects_the_tokens_a_resident_one_does(family, checkp
     with skip(streamed, found, protect_tokens=0.2) as done:
         evaluate_models([("skipping", streamed)], data)
     model = resident(checkpoint(family))
+    before = model.config._attn_implementation
     with skip(model, found, protect_tokens=0.2) as there:
+        assert model.config._attn_implementation == "eager"
         for part in data.batches:
             ran(model, part)
     assert done.describe() == there.describe()
     assert done.tokens[min(found)] == batch.tokens + 24
-    assert model.config._attn_implementation != "eager"
-    assert streamed.model.config._attn_implementation != "eager"
+    assert model.config._attn_implementation == streamed.model.config._attn_implementation == before
 
 
 @pytest.mark.parametrize("family", FEW)
@@ -307,17 +291,17 @@ def test_only_the_layers_named_skip(checkpoint, tmp_path):
 
 
 def test_layers_without_attention_cannot_protect_tokens_and_say_so():
-    model = tiny("jamba")
+    model = tiny("lfm2-moe")  # layer 1 attends, layer 2 is a convolution
+    attending = {1: everywhere(model, 0.9)[1]}
     with (
-        skip(model, everywhere(model, 0.5), protect_tokens=0.02),
-        pytest.raises(ModelError, match="has no attention that shows its probabilities"),
-        torch.no_grad(),
+        skip(model, everywhere(model, 0.9), protect_tokens=0.02),
+        pytest.raises(ModelError, match="layer 2 has no attention that shows its probabilities"),
     ):
-        for seed in range(2):
-            model(tokens(seed=seed), use_cache=False)
-    with skip(model, everywhere(model, 0.5)) as done, torch.no_grad():
         model(tokens(), use_cache=False)
-    assert done.share > 0
+    for thresholds, share in ((everywhere(model, 0.9), 0.0), (attending, 0.02)):
+        with skip(model, thresholds, protect_tokens=share) as done, torch.no_grad():
+            model(tokens(), use_cache=False)
+        assert done.share > 0
 
 
 def test_what_cannot_be_is_refused(checkpoint, tmp_path):
