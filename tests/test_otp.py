@@ -459,11 +459,18 @@ def test_a_run_that_was_broken_off_goes_on_and_ends_with_the_same_bytes(tmp_path
     assert whole == broken
 
 
-def test_evaluate_and_compare_take_the_result(finished, ids):
-    folder, out = finished
+def test_evaluate_and_compare_take_the_result_and_tell_what_ran(finished, ids, tmp_path):
+    folder, out = finished[0], copy_of(finished[1], tmp_path / "out")
+    opinionated(out)
     done = cli("evaluate", folder, out, "--tokens", ids, "--json")
     assert done.code == 0, done.err
-    assert done.json()[1]["mean"]["kl"] >= 0
+    assert done.json()[1]["mean"]["kl"] > 0
+    stored = load_file(ids)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    told = experts_run(model, [Batch(stored["input_ids"], stored["attention_mask"].bool())])
+    assert 1 < told["experts_per_token"] < 2
+    assert done.json()[1]["model"] == f"{out} ({told['experts_per_token']:.2f} experts per token)"
+    assert done.json()[0]["model"] == str(folder)
     done = cli("compare", folder, "--tokens", ids, "--checkpoint", out, "--methods", "reap", "--keep", "0.5", "--json")
     assert done.code == 0, done.err
     assert any(str(out) in entry["label"] for entry in done.json()["contenders"])

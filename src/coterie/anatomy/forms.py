@@ -143,7 +143,7 @@ def empty_mask_router(layer: MoELayer, form: MaskForm) -> masks.MaskRouter:
         form.inner,
         candidates=form.candidates,
         renormalise=form.renormalise,
-        device=next(layer.experts.parameters()).device,
+        device=layer.router_device,
     )
 
 

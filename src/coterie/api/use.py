@@ -11,7 +11,7 @@ import torch
 
 from coterie.anatomy import moe_layers
 from coterie.compression.selector import parse_layers, parse_protect
-from coterie.decoding.skipping import Skipped, betas, check_fit, skip
+from coterie.decoding.skipping import Skipped, betas, check_fit, counted, skip
 from coterie.errors import UsageError
 from coterie.evaluation.compare import ModelResult, evaluate_models
 from coterie.profiling.profile import Profile
@@ -45,6 +45,8 @@ def evaluate(
     skip_profile : a profile of the first model that holds `GateRatio`; that model is then measured a second time, with
         its weak experts skipped at run time (see `skipping`), and what was skipped is told in its name. skip_quantile,
         skip_tokens, skip_layers : quantile, protect_tokens and layers there.
+    Checkpoints with mask routers (OTP) tell in their name how many experts per token they ran.
+
     Keywords beyond these are `calibration`'s: length, tokens, ...
     """
     runtime = runtime or Runtime()
@@ -60,17 +62,18 @@ def evaluate(
         raise UsageError(f"these models have different vocabularies ({sorted(sizes)}) and cannot be compared")
     memory = parse_size(runtime.memory, least=0)
     with ExitStack() as stack:
-        skipped = None
+        counts = [stack.enter_context(counted(streamed.moe.values())) for _, streamed in opened]
         if skip_profile is not None:
             seen = skip_profile if isinstance(skip_profile, Profile) else Profile.load(Path(skip_profile))
             again = runtime.open(names[0])
             check_fit(seen, again.moe.values())
             thresholds = _of_layers(betas(seen, skip_quantile), skip_layers)
-            skipped = stack.enter_context(skip(again, thresholds, protect_tokens=skip_tokens))
+            counts.append(stack.enter_context(skip(again, thresholds, protect_tokens=skip_tokens)))
             opened.append((f"{names[0]} skipping", again))
         results = evaluate_models(opened, found, memory=memory, progress=progress, seed=seed)
-    if skipped is not None:
-        results[-1].model += f" ({skipped.active:.2f} experts per token)"
+    for result, skipped in zip(results, counts, strict=True):
+        if skipped is not None:
+            result.model += f" ({skipped.active:.2f} experts per token)"
     return results
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -33,7 +34,7 @@ from coterie.anatomy import MoELayer, moe_layers
 from coterie.decoding.importance import TokenWatch
 from coterie.errors import UsageError
 from coterie.experts.forward import NAME, rerouted
-from coterie.experts.masks import strongest_first, taken_over
+from coterie.experts.masks import mask_router, strongest_first, taken_over
 from coterie.profiling.observers import GateRatio
 from coterie.profiling.profile import Profile
 from coterie.streaming.model import StreamedModel
@@ -150,6 +151,29 @@ def skip(
                 slot = _Slot(layer, betas[layer.index], renormalise, held, watch, done)
                 stack.enter_context(rerouted(layer.experts, slot))
         yield done
+
+
+@contextmanager
+def counted(layers: Iterable[MoELayer]) -> Iterator[Skipped | None]:
+    """Count what the mask routers of a checkpoint (`experts.masks`) skip as long as the context lasts; None where it
+    has none."""
+    routers = [(layer, router) for layer in layers if (router := mask_router(layer.experts)) is not None]
+    done = Skipped()
+    with ExitStack() as stack:
+        for layer, router in routers:
+            for counts in (done.tokens, done.slots, done.skipped, done.protected):
+                counts[layer.index] = 0
+            router.watch = partial(_count, done, layer.index, stack.enter_context(TokenWatch(layer)))
+            stack.callback(setattr, router, "watch", None)
+        yield done if routers else None
+
+
+def _count(done: Skipped, index: int, watch: TokenWatch, slots_TK: Tensor, kept_TK: Tensor) -> None:
+    real_T = watch.real_T
+    assert real_T is not None  # the block that holds the mask router has been entered
+    done.tokens[index] += int(real_T.sum())
+    done.slots[index] += int(slots_TK[real_T].sum())
+    done.skipped[index] += int((slots_TK & ~kept_TK)[real_T].sum())
 
 
 class _Slot:

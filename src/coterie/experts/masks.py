@@ -79,7 +79,7 @@ class MaskRouter(nn.Module):
     ----------
     sampling : how masks are drawn; None: the best one is used, which is what a loaded model does.
     mass_T : after a forward with `sampling`, |m|_1 / k of each token, with its gradient.
-    watch : called in every forward with the mask [T, K] over the slots as they came; None: nobody looks.
+    watch : called in use with the slots [T, K] that hold an expert, and those of them that run; None: nobody looks.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class MaskRouter(nn.Module):
         self.fc2 = Wide(inner + slots, len(masks(candidates, slots)), **how)
         self.sampling: Sampling | None = None
         self.mass_T: Tensor | None = None
-        self.watch: Callable[[Tensor], None] | None = None
+        self.watch: Callable[[Tensor, Tensor], None] | None = None
 
     @torch.no_grad()
     def reset(self, seed: int = 0, keep_all: float = 0.9) -> None:
@@ -125,7 +125,7 @@ class MaskRouter(nn.Module):
         if self.sampling is None:
             kept_TK = torch.zeros_like(real_TK).scatter(-1, order_TK, hard_TK.bool()) & real_TK
             if self.watch is not None:
-                self.watch(kept_TK)
+                self.watch(real_TK, kept_TK)
             kept_weight_TK = weight_TK.masked_fill(~kept_TK, 0.0)
             index_TK = index_TK.masked_fill(~kept_TK, experts)
         else:

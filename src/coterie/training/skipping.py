@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -268,12 +269,11 @@ def experts_run(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
     for batch in batches:
         real_T = _real(batch).flatten()
 
-        def count(index: int, kept_TK: Tensor, real_T: Tensor = real_T) -> None:
-            ran_T = kept_TK.cpu().sum(-1)[real_T]
-            count_R[index] += torch.bincount(ran_T, minlength=len(count_R[index]))
+        def count(slots_TK: Tensor, kept_TK: Tensor, count_R: Tensor, real_T: Tensor = real_T) -> None:
+            count_R += torch.bincount(kept_TK.sum(-1).cpu()[real_T], minlength=len(count_R))
 
         for index, router in routers.items():
-            router.watch = lambda kept_TK, index=index: count(index, kept_TK)
+            router.watch = partial(count, count_R=count_R[index])
         try:
             _forward(model, batch)
         finally:
