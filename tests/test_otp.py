@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM
 import coterie
 from coterie.anatomy import moe_layers
 from coterie.anatomy.forms import form_of
+from coterie.anatomy.slicing import cut_experts
 from coterie.compression.skipping.otp import Otp
 from coterie.errors import CheckpointError, ModelError
 from coterie.experts.forward import observe
-from coterie.experts.masks import MaskRouter, Sampling, drawn, mask_router, masks
+from coterie.experts.mapped import redirect
+from coterie.experts.masks import MaskRouter, Sampling, attach, drawn, mask_router, masks
 from coterie.streaming.checkpoint import Checkpoint
 from coterie.streaming.lockstep import Batch, sweep
 from coterie.streaming.model import StreamedModel
@@ -269,8 +271,19 @@ def test_the_temperature_falls_from_the_first_step_to_the_last():
     assert [method.tau(step) for step in range(5)] == pytest.approx([4.0, 2.0, 1.0, 0.5, 0.25])
     _, routers = masked("mixtral")
     state = type("State", (), {"global_step": 3})
-    Cooling(routers, method).on_step_begin(None, state, None)
+    penalty = Penalty(routers, method)
+    Cooling(routers, penalty, method).on_step_begin(None, state, None)
     assert {router.sampling.tau for router in routers.values()} == {0.5}
+    assert penalty.aim is None
+
+
+def test_the_share_aimed_at_falls_from_all_to_the_ratio_in_half_of_the_steps():
+    method = Otp(steps=9, ratio=0.5)
+    assert [method.aim(step) for step in range(9)] == pytest.approx([1, 0.875, 0.75, 0.625, *[0.5] * 5])
+    _, routers = masked("mixtral")
+    penalty, state = Penalty(routers, method), type("State", (), {"global_step": 1})
+    Cooling(routers, penalty, method).on_step_begin(None, state, None)
+    assert penalty.aim == 0.875
 
 
 # -- the checkpoint ---------------------------------------------------------------------------------------------------
@@ -386,6 +399,21 @@ def test_it_works_on_what_other_methods_made(before, tmp_path, ids):
     for layer in moe_layers(model):
         mask_router(layer.experts).reset()  # all experts run: the model it was made from
     torch.testing.assert_close(logits(model), logits(first), atol=1e-5, rtol=1e-4)
+
+
+def test_a_mask_router_stands_before_an_expert_map_and_sees_which_slots_are_empty():
+    layer = moe_layers(tiny("mixtral"))[0]
+    cut_experts(layer, range(4))
+    redirect(layer.experts, [0, 1, 2, 3, 0, 1, 2, 3])
+    router = MaskRouter(64, 2, 4)
+    router.reset()
+    attach(layer.experts, router)
+    seen = []
+    router.watch = lambda slots_TK, kept_TK: seen.append(slots_TK)
+    index_TK = torch.tensor([[0, 5], [7, 8], [4, 3]])  # 8: the router's "no expert"
+    with torch.no_grad():
+        layer.experts(torch.randn(3, 64), index_TK, torch.rand(3, 2))
+    assert seen[0].tolist() == [[True, True], [True, False], [True, True]]
 
 
 @pytest.mark.parametrize("after", ["m-smoe", "reap"])
