@@ -335,6 +335,7 @@ def test_the_checkpoint_is_the_source_and_mask_routers_and_loads_everywhere(fami
     assert all(".experts.mask_router.fc" in name and after[name].dtype == torch.float32 for name in new)
     assert result.after.bytes == sum(t.nbytes for t in after.values())
     assert result.after.parameters - result.before.parameters == sum(after[name].numel() for name in new)
+    assert result.after.bytes_of_expert == result.before.bytes_of_expert
     opinionated(out)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     assert all(mask_router(layer.experts) is not None for layer in moe_layers(model))

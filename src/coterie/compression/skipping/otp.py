@@ -8,8 +8,9 @@ the strongest r, and is trained by Gumbel-softmax while everything else is froze
     L = KL(model with all k experts || model with masks) + lambda mean(|m|_1 / k)
     or, where a share rho of the activations is asked for,  KL + mu (mean(|m|_1 / k) - rho_t)^2
 
-The mean is over layers and real tokens; rho_t falls from 1 to rho in the first half of the steps. In use the likeliest mask is taken, without noise, and what it leaves out is
-not run. The forward pass is in `experts.masks`, the training in `training.skipping`.
+The mean is over layers and real tokens; rho_t falls from 1 to rho in the first half of the steps. In use the likeliest
+mask is taken, without noise, and what it leaves out is not run. The forward pass is in `experts.masks`, the training in
+`training.skipping`.
 
 The paper's own text and code could not be read: the set of masks, the router's shape and all numbers are ours. The KL
 is over the teacher's 64 likeliest tokens and one bucket for all others; there is no loss on hidden states.
