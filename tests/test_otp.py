@@ -271,19 +271,8 @@ def test_the_temperature_falls_from_the_first_step_to_the_last():
     assert [method.tau(step) for step in range(5)] == pytest.approx([4.0, 2.0, 1.0, 0.5, 0.25])
     _, routers = masked("mixtral")
     state = type("State", (), {"global_step": 3})
-    penalty = Penalty(routers, method)
-    Cooling(routers, penalty, method).on_step_begin(None, state, None)
+    Cooling(routers, method).on_step_begin(None, state, None)
     assert {router.sampling.tau for router in routers.values()} == {0.5}
-    assert penalty.aim is None
-
-
-def test_the_share_aimed_at_falls_from_all_to_the_ratio_in_half_of_the_steps():
-    method = Otp(steps=9, ratio=0.5)
-    assert [method.aim(step) for step in range(9)] == pytest.approx([1, 0.875, 0.75, 0.625, *[0.5] * 5])
-    _, routers = masked("mixtral")
-    penalty, state = Penalty(routers, method), type("State", (), {"global_step": 1})
-    Cooling(routers, penalty, method).on_step_begin(None, state, None)
-    assert penalty.aim == 0.875
 
 
 # -- the checkpoint ---------------------------------------------------------------------------------------------------

@@ -101,15 +101,14 @@ def learn_masks(
         if method.renormalise is None:
             method = method.model_copy(update={"renormalise": renormalises(student, data.batches[0])})
         routers = with_mask_routers(student, method, seed)
-        penalty = Penalty(routers, method)
         done = distil(
             student,
             data,
             TeacherCache(place),
             options,
             folder=work.folder / "training",
-            callbacks=[Cooling(routers, penalty, method), Kept(work)],
-            penalty=penalty,
+            callbacks=[Cooling(routers, method), Kept(work)],
+            penalty=Penalty(routers, method),
             device=streamed.device,
             seed=seed,
             phase="mask routers",
@@ -219,26 +218,22 @@ def renormalises(model: nn.Module, batch: Batch) -> bool:
 
 
 class Cooling(TrainerCallback):  # type: ignore[misc]
-    """Lowers the temperature of the masks, and the share of activations that is aimed at, step by step."""
+    """Lowers the temperature of the masks, step by step."""
 
-    def __init__(self, routers: Mapping[int, MaskRouter], penalty: Penalty, method: Otp) -> None:
-        self.routers, self.penalty, self.method = routers, penalty, method
+    def __init__(self, routers: Mapping[int, MaskRouter], method: Otp) -> None:
+        self.routers, self.method = routers, method
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         tau = self.method.tau(state.global_step)
         for router in self.routers.values():
             router.sampling = Sampling(tau, straight_through=self.method.straight_through)
-        self.penalty.aim = self.method.aim(state.global_step)
 
 
 class Penalty:
-    """What running experts costs: lambda mean(|m|_1 / k), or mu (mean(|m|_1 / k) - rho)^2; over real tokens.
-
-    aim : rho, at present.
-    """
+    """What running experts costs: lambda mean(|m|_1 / k), or mu (mean(|m|_1 / k) - rho)^2; over real tokens."""
 
     def __init__(self, routers: Mapping[int, MaskRouter], method: Otp) -> None:
-        self.routers, self.method, self.aim = routers, method, method.ratio
+        self.routers, self.method = routers, method
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         real_T = inputs["attention_mask"].bool().flatten()
@@ -247,9 +242,9 @@ class Penalty:
             assert router.mass_T is not None
             shares.append(router.mass_T[real_T].mean())
         share = torch.stack(shares).mean()
-        if self.aim is None:
+        if self.method.ratio is None:
             return self.method.lam * share
-        return self.method.hold * (share - self.aim).square()
+        return self.method.hold * (share - self.method.ratio).square()
 
 
 def learned_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -6,11 +6,11 @@ the strongest r, and is trained by Gumbel-softmax while everything else is froze
 
     m = sum_r y_r c_r,   y = softmax((log pi(x, w) + g) / tau),   tau falling from tau_start to tau_end
     L = KL(model with all k experts || model with masks) + lambda mean(|m|_1 / k)
-    or, where a share rho of the activations is asked for,  KL + mu (mean(|m|_1 / k) - rho_t)^2
+    or, where a share rho of the activations is asked for,  KL + mu (mean(|m|_1 / k) - rho)^2
 
-The mean is over layers and real tokens; rho_t falls from 1 to rho in the first half of the steps. In use the likeliest
-mask is taken, without noise, and what it leaves out is not run. The forward pass is in `experts.masks`, the training in
-`training.skipping`.
+The mean is over layers and real tokens. A large mu holds the share more closely, but what a batch's share differs by
+then drowns the KL. In use the likeliest mask is taken, without noise, and what it leaves out is not run. The forward
+pass is in `experts.masks`, the training in `training.skipping`.
 
 The paper's own text and code could not be read: the set of masks, the router's shape and all numbers are ours. The KL
 is over the teacher's 64 likeliest tokens and one bucket for all others; there is no loss on hidden states.
@@ -44,7 +44,7 @@ class Otp(OwnJob):
         None, gt=0, le=1, description="Share of expert activations to aim at; by default lambda decides."
     )
     lam: float = Field(0.05, ge=0, description="Lambda: weight of the share of activations, without ratio.")
-    hold: float = Field(5.0, gt=0, description="Mu: weight of the squared distance to ratio.")
+    hold: float = Field(2.0, gt=0, description="Mu: weight of the squared distance to ratio.")
     inner: int = Field(32, ge=1, description="Width of the mask routers' first layer.")
     candidates: Candidates = Field(
         "nested", description="Masks to choose from: nested (the strongest 1 to k), or subsets with the strongest."
@@ -72,13 +72,6 @@ class Otp(OwnJob):
     def tau(self, step: int) -> float:
         """The temperature at a step, counted from 0: it falls by the same factor each step."""
         return float(self.tau_start * (self.tau_end / self.tau_start) ** (step / max(self.steps - 1, 1)))
-
-    def aim(self, step: int) -> float | None:
-        """The share of activations aimed at in a step: it falls to `ratio` in the first half of the training, so that
-        masks do not fall before it is known where they cost little. None without `ratio`."""
-        if self.ratio is None:
-            return None
-        return 1 - (1 - self.ratio) * min(1.0, 2 * step / max(self.steps - 1, 1))
 
     def check_model(self, moe: Mapping[int, MoELayer]) -> None:
         for index, layer in moe.items():
