@@ -160,11 +160,13 @@ class Table:
         print(f"seed {seed}, target {target}: {told}; experts by layer {[round(m, 2) for m in means]}", flush=True)
 
     def matched(self, rule: Callable[[float], AbstractContextManager[Skipped]], share: float) -> tuple[float, float]:
-        """A rule at the strength at which it runs this share of the activations, found by interpolation."""
+        """A rule at the strength at which it runs this share of the activations, found by interpolation and halving in
+        turn."""
         low, high = (0.0, 1.0), (1.0, self.measured(self.full, rule(1.0))[1])  # strength, share
         best = (0.0, 2.0)
-        for _ in range(5):
-            at = low[0] + (low[1] - share) / max(low[1] - high[1], 1e-9) * (high[0] - low[0])
+        for step in range(8):
+            part = (low[1] - share) / max(low[1] - high[1], 1e-9) if step % 2 == 0 else 0.5
+            at = low[0] + part * (high[0] - low[0])
             now = self.measured(self.full, rule(at))
             best = min(best, now, key=lambda entry: abs(entry[1] - share))
             if abs(now[1] - share) < CLOSE:
