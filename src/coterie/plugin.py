@@ -88,17 +88,24 @@ def register() -> None:
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             from coterie.anatomy.uneven import rebuild
+            from coterie.experts.nested import PLANES, nested_modules
 
             rebuild(model, self.quantization_config.to_dict())
+            if nested_modules(model):  # planes that are not wanted stay where they are
+                model._keys_to_ignore_on_load_unexpected = {
+                    *(model._keys_to_ignore_on_load_unexpected or ()),
+                    PLANES,
+                }
             self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             from coterie.anatomy.uneven import check_codes
-            from coterie.experts import compressed, masks
+            from coterie.experts import compressed, levels, masks
 
             check_codes(model, self.quantization_config.to_dict())
             compressed.fill_missing(model)
             masks.fill_missing(model)
+            levels.fill_missing(model)
             if self.packed is not None:  # transformers leaves what is not packed in the dtype it is stored in
                 for name, parameter in model.named_parameters():
                     parameter.data = parameter.data.to(self.dtypes.get(name, parameter.dtype))

@@ -1,11 +1,12 @@
 """What is special about the experts of a layer: shared by several router outputs, stored as low-rank factors or as
-codes of few bits, only the strongest of a token run and vectors stand in for the rest (compressed experts), or a mask
+codes of few bits, at one width or at several (nested), only the strongest of a token run and vectors stand in for the rest (compressed experts), or a mask
 router chooses which run. And which linear layers beside them are stored as codes.
 
 config.json says so in its "coterie" header (see `uneven`), layer by layer:
 
     "quantization_config": {"quant_method": "coterie", "format": 1, "layers": {
         "3": {"map": [0, 0, 1, 2, 1, 2, 0, 1], "ranks": {"gate": 32, "up": 32, "down": 32}}, "4": {"main": 2},
+        "6": {"nested": {"group": 64, "symmetric": false, "base": 2, "planes": 2}},
         "5": {"bits": {"group": 64, "symmetric": false, "gate": [4, 2], "up": [4, 2], "down": [4, 16]}}},
         "linears": {"group": 64, "symmetric": false, "bits": {"model.layers.0.self_attn.q_proj": 4}}}
 
@@ -28,8 +29,8 @@ from torch import Tensor, nn
 from coterie.anatomy.experts import ExpertBank
 from coterie.anatomy.layers import MoELayer, moe_layers
 from coterie.anatomy.slicing import cut_experts
-from coterie.errors import CheckpointError
-from coterie.experts import compressed, factored, mapped, masks, packed, packing
+from coterie.errors import CheckpointError, UsageError
+from coterie.experts import compressed, factored, levels, mapped, masks, nested, packed, packing
 from coterie.experts.forward import projections
 
 Projection = Literal["gate", "up", "down"]
@@ -70,6 +71,18 @@ class Linears(Grid):
     bits: dict[str, Annotated[int, Field(ge=1, le=8)]]
 
 
+class NestedBits(Grid):
+    """Experts that can be read at several widths, see `experts.nested`.
+
+    base : bits of the base. planes : how many there are above it. options : widths, from the base on, that the layer's
+    bit router chooses among; None: it has none. There may be fewer planes than it asks for.
+    """
+
+    base: Annotated[int, Field(ge=1, le=8)]
+    planes: Annotated[int, Field(ge=0, le=15)]
+    options: Annotated[int, Field(ge=1, le=16)] | None = None
+
+
 class MaskForm(BaseModel):
     """The mask router in front of a layer's experts, see `experts.masks`. inner : width of its first layer."""
 
@@ -86,8 +99,9 @@ class Form(BaseModel):
     map : stored expert of each of the router's outputs. ranks : rank of each projection's factors.
     rows : rows of each projection's sparse part, over all experts; only with ranks.
     main : experts that run per token, the strongest of those picked; single, renormalize_main : see
-    `experts.compressed`; only with main. bits : the experts are stored as codes; not with ranks or main. skip : the
-    mask router that lets a token run fewer.
+    `experts.compressed`; only with main. bits : the experts are stored as codes; not with ranks or main. nested :
+    they are stored as codes and planes; not with bits, ranks or main. skip : the mask router that lets a token run
+    fewer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -99,6 +113,7 @@ class Form(BaseModel):
     single: bool | None = None
     renormalize_main: bool | None = None
     bits: ExpertBits | None = None
+    nested: NestedBits | None = None
     skip: MaskForm | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -143,6 +158,16 @@ def apply_forms(model: nn.Module, forms: Mapping[int, Form]) -> None:
             _check_bits(layer, form)
             grid, shapes = form.bits, projection_shapes(layer.bank)
             packed.convert(layer.experts, grid.widths(), shapes, grid.group, symmetric=grid.symmetric)
+        if form.nested is not None:
+            if any(entry is not None for entry in (form.bits, form.ranks, form.main)):
+                raise CheckpointError(f"config.json: layer {index} has nested experts and others; not both can be")
+            grid, options = form.nested, form.nested.options
+            if options is not None:
+                levels.attach(layer.experts, empty_bit_router(layer, grid.base, options))
+            shapes = projection_shapes(layer.bank)
+            nested.convert_nested(
+                layer.experts, shapes, grid.base, grid.planes, grid.group, symmetric=grid.symmetric
+            )
         if form.main is not None:
             _check_main(layer, form)
             single, renormalize = bool(form.single), bool(form.renormalize_main)
@@ -166,16 +191,55 @@ def form_of(layer: MoELayer) -> Form:
         ranks=ranks,  # type: ignore[arg-type]
         rows=rows,  # type: ignore[arg-type]
         bits=_bits(module),
+        nested=_nested(module),
         skip=mask_form(module),
         **_compressed(module),
     )
 
 
 def _bits(module: nn.Module) -> ExpertBits | None:
-    if not isinstance(module, packed.Packed):
+    if not isinstance(module, packed.Packed) or isinstance(module, nested.Nested):
         return None
     widths = {p: list(bits) for p, bits in module.packed_bits.items()}
     return ExpertBits(group=module.packed_group, symmetric=module.packed_symmetric, **widths)
+
+
+def _nested(module: nn.Module) -> NestedBits | None:
+    if not isinstance(module, nested.Nested):
+        return None
+    router = levels.bit_router(module)
+    return NestedBits(
+        group=module.packed_group,
+        symmetric=module.packed_symmetric,
+        base=module.packed_bits["down"][0],
+        planes=module.nested_planes,
+        options=None if router is None else len(router.bits),
+    )
+
+
+def empty_bit_router(layer: MoELayer, base: int, options: int) -> levels.BitRouter:
+    """A bit router for the experts this layer stores, its weights not set. options : widths from `base` on."""
+    bank = layer.bank
+    bits = range(base, base + options)
+    return levels.BitRouter(bank.hidden_size, bank.num_experts, bits, device=layer.router_device)
+
+
+def with_planes(header: Mapping[str, Any], planes: int) -> dict[str, Any]:
+    """The header of the same checkpoint read with only so many planes of its nested experts.
+
+    Raises UsageError where no experts are nested, or some have fewer planes.
+    """
+    found = {index: form.nested for index, form in forms_of(header).items() if form.nested is not None}
+    if not found:
+        raise UsageError("the experts are not stored in planes", "Only what --method d2moe wrote has planes to leave.")
+    least = min(grid.planes for grid in found.values())
+    if not 0 <= planes <= least:
+        raise UsageError(f"{planes} planes cannot be read: the experts have {least}", f"Give 0 to {least}.")
+    layers = {
+        key: {**entry, "nested": {**entry["nested"], "planes": planes}} if int(key) in found else entry
+        for key, entry in header["layers"].items()
+    }
+    return {**header, "layers": layers}
 
 
 def linears_of(header: Mapping[str, Any]) -> Linears | None:

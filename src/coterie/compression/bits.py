@@ -23,12 +23,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from coterie.anatomy import MoELayer
-from coterie.anatomy.forms import LARGEST_GROUP, ExpertBits, Linears, projection_shapes
+from coterie.anatomy.forms import LARGEST_GROUP, ExpertBits, Linears, NestedBits, projection_shapes
 from coterie.compression.plan import Plan
 from coterie.compression.rewrite import layout
 from coterie.compression.sites import Site, sites
 from coterie.errors import UsageError
-from coterie.experts import packed, packing
+from coterie.experts import nested, packed, packing
 from coterie.experts.packed import PLAIN
 from coterie.streaming.model import StreamedModel
 
@@ -38,13 +38,17 @@ Widths = dict[str, list[int]]  # {projection: bits of each expert}
 
 
 class Grids(BaseModel):
-    """How all of a plan's matrices are quantized."""
+    """How all of a plan's matrices are quantized.
+
+    planes : experts are nested, with so many planes above the bits a plan says; None: they have these bits alone.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     group: Annotated[int, Field(ge=1, le=LARGEST_GROUP)]
     symmetric: bool
     quantizer: Literal["rtn", "hqq", "gptq"]
+    planes: Annotated[int, Field(ge=0, le=15)] | None = None
 
 
 class BitPlan(Plan):
@@ -133,7 +137,9 @@ def protect(experts: Mapping[int, Widths], protected: Collection[tuple[int, int]
     }
 
 
-def check_widths(streamed: StreamedModel, experts: Mapping[int, Widths], linears: Mapping[str, int]) -> None:
+def check_widths(
+    streamed: StreamedModel, experts: Mapping[int, Widths], linears: Mapping[str, int], grids: Grids
+) -> None:
     """Raise UsageError unless the widths are possible and belong to this model."""
     for index, widths in experts.items():
         if index not in streamed.moe:
@@ -143,6 +149,8 @@ def check_widths(streamed: StreamedModel, experts: Mapping[int, Widths], linears
             raise UsageError(
                 f"layer {index}: bits for {', '.join(widths)}; its experts have {', '.join(shapes_of(moe))}"
             )
+        if grids.planes is not None and len({PLAIN, *(b for bits in widths.values() for b in bits)}) != 2:
+            raise UsageError(f"layer {index}: nested experts have one and the same base, not {widths}")
         for p, bits in widths.items():
             if len(bits) != moe.bank.num_experts:
                 raise UsageError(
@@ -162,12 +170,13 @@ def check_widths(streamed: StreamedModel, experts: Mapping[int, Widths], linears
             raise UsageError(f"{name}: {b!r} bits", "Give 1 to 8, or leave it out to keep it as it is.")
 
 
-def mean_bits(moe: Mapping[int, MoELayer], experts: Mapping[int, Widths]) -> float:
-    """Bits per weight of all routed experts; layers without an entry keep 16. Scales are not counted."""
+def mean_bits(moe: Mapping[int, MoELayer], experts: Mapping[int, Widths], planes: int = 0) -> float:
+    """Bits per weight of all routed experts; layers without an entry keep 16. Scales are not counted, planes are."""
     total = weights = 0
     for index, layer in moe.items():
         for p, shape in shapes_of(layer).items():
-            bits = experts.get(index, {}).get(p) or [PLAIN] * layer.bank.num_experts
+            bits = experts.get(index, {}).get(p) or [PLAIN - planes] * layer.bank.num_experts
+            bits = [b + planes for b in bits]
             total += sum(bits) * math.prod(shape)
             weights += len(bits) * math.prod(shape)
     return total / max(weights, 1)
@@ -197,9 +206,12 @@ def replaced(
             down = moe.experts.down_proj
             assert isinstance(down, Tensor)
             for p, shape in shapes_of(moe).items():
-                parts = packed.expert_tensors(
-                    experts[index][p], shape, grids.group, symmetric=grids.symmetric, dtype=down.dtype
-                )
+                how: dict[str, Any] = {"symmetric": grids.symmetric, "dtype": down.dtype}
+                widths = experts[index][p]
+                if grids.planes is None:
+                    parts = packed.expert_tensors(widths, shape, grids.group, **how)
+                else:
+                    parts = nested.expert_tensors(len(widths), shape, widths[0], grids.planes, grids.group, **how)
                 fresh[index] |= _metas(f"{moe.experts_name}.", f"_{p}", parts)
     return gone, fresh
 
@@ -231,8 +243,13 @@ def _metas(before: str, after: str, parts: Mapping[str, tuple[tuple[int, ...], t
 
 def header_entries(
     experts: Mapping[int, Widths], linears: Mapping[str, int], grids: Grids
-) -> tuple[dict[int, ExpertBits], Linears | None]:
-    """What the coterie header says of these widths."""
+) -> tuple[dict[int, dict[str, Any]], Linears | None]:
+    """What the coterie header says of these widths: entries of each layer's form, and linear layers."""
     grid: dict[str, Any] = {"group": grids.group, "symmetric": grids.symmetric}
-    forms = {index: ExpertBits.model_validate({**grid, **widths}) for index, widths in experts.items()}
+    forms: dict[int, dict[str, Any]] = {}
+    for index, widths in experts.items():
+        if grids.planes is None:
+            forms[index] = {"bits": ExpertBits.model_validate({**grid, **widths})}
+        else:
+            forms[index] = {"nested": NestedBits(**grid, base=widths["down"][0], planes=grids.planes)}
     return forms, Linears(**grid, bits=dict(linears)) if linears else None

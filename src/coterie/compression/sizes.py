@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from coterie.anatomy import slice_names
-from coterie.experts import masks
+from coterie.experts import levels, masks
 from coterie.experts.packed import logical_sizes
 from coterie.streaming.model import StreamedModel
 from coterie.streaming.writer import Spec
@@ -68,7 +68,7 @@ def measure_written(
         if key in streamed.params:
             params[key] = streamed.params[key]
         else:
-            beside = f"{masks.NAME}." if masks.NAME in key.split(".") else ""
+            beside = "".join(f"{name}." for name in (masks.NAME, levels.NAME) if name in key.split("."))
             params[key] = f"{streamed.moe[fresh_of[key]].experts_name}.{beside}"
     return _size(streamed, sizes, params, counts, active)
 

@@ -9,7 +9,7 @@ Registered with transformers as the experts implementation "coterie". It differs
 - index == num_experts means "no expert" everywhere: no cost, no weight.
 
 Experts of a special form say in methods of their module what is different: `project` how a matrix multiplies,
-`stand_in` which of the chosen experts run and what scales their inputs. It does not know what observers do with what
+`stand_in` which of the chosen experts run and what scales their inputs, `choose_levels` how wide each computes. It does not know what observers do with what
 they see, nor which model it runs in. A tap sees a token's input before it is scaled.
 """
 
@@ -64,6 +64,16 @@ class Scale(NamedTuple):
         return Scale(*(None if t is None else t[token_R] for t in self))  # type: ignore[arg-type]
 
 
+class Levels(NamedTuple):
+    """At which of its widths each chosen expert computes a token.
+
+    level_TK : of every slot. factor_TK : what outputs are multiplied with, None for nothing.
+    """
+
+    level_TK: Tensor
+    factor_TK: Tensor | None = None
+
+
 _scratch: dict[tuple[Any, ...], Tensor] = {}
 
 
@@ -103,8 +113,12 @@ def projections(module: nn.Module) -> tuple[str, ...]:
 _ALL = slice(None)
 
 
-def _project(module: nn.Module, name: str, expert: int, x_RH: Tensor, outputs: slice = _ALL) -> Tensor:
+def _project(
+    module: nn.Module, name: str, expert: int, x_RH: Tensor, outputs: slice = _ALL, level_R: Tensor | None = None
+) -> Tensor:
     """One projection, or some of its outputs."""
+    if level_R is not None:
+        return module.project(name, expert, x_RH, level_R)  # type: ignore[operator,no-any-return]
     if hasattr(module, "project"):  # experts that are not stored as matrices know how to multiply with them
         return module.project(name, expert, x_RH)  # type: ignore[operator,no-any-return]
     weight = widened(getattr(module, name)[expert], x_RH.dtype, name)
@@ -122,11 +136,14 @@ def joined(module: nn.Module, gate_RI: Tensor, up_RI: Tensor) -> Tensor:
     return torch.stack([gate_RI, up_RI], -1).flatten(-2)
 
 
-def inner_activation(module: nn.Module, expert: int, x_RH: Tensor, scale: Scale | None = None) -> Tensor:
-    """What one expert's down projection receives for these inputs: [R, H] -> [R, I]. scale : of the same rows."""
+def inner_activation(
+    module: nn.Module, expert: int, x_RH: Tensor, scale: Scale | None = None, level_R: Tensor | None = None
+) -> Tensor:
+    """What one expert's down projection receives for these inputs: [R, H] -> [R, I]. scale, level_R : of the same
+    rows."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
     if scale is None:
-        up_RP = _project(module, name, expert, x_RH)
+        up_RP = _project(module, name, expert, x_RH, level_R=level_R)
     elif scale.gate_TH is None:
         up_RP = _project(module, name, expert, _times(x_RH, scale.up_TH))
     else:  # gate and up receive different inputs: each is its own product, on its half of the fused weight
@@ -152,9 +169,9 @@ def _halves(module: nn.Module) -> tuple[slice, slice]:
     return slice(None, half), slice(half, None)
 
 
-def output_projection(module: nn.Module, expert: int, inner_RI: Tensor) -> Tensor:
+def output_projection(module: nn.Module, expert: int, inner_RI: Tensor, level_R: Tensor | None = None) -> Tensor:
     """What one expert puts out for what its down projection receives: [R, I] -> [R, H]."""
-    y_RH = _project(module, "down_proj", expert, inner_RI)
+    y_RH = _project(module, "down_proj", expert, inner_RI, level_R=level_R)
     if getattr(module, "has_post_expert_norm", False):
         y_RH = module.post_expert_norm(y_RH)  # type: ignore[operator]
     return y_RH
@@ -177,6 +194,9 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     scale: Scale | None = None
     if hasattr(self, "stand_in"):
         top_k_index, top_k_weights, scale = self.stand_in(top_k_index, top_k_weights)  # type: ignore[operator]
+    levels: Levels | None = None
+    if hasattr(self, "choose_levels") and (chosen := self.choose_levels(x_TH, top_k_index)) is not None:  # type: ignore[operator]
+        top_k_index, levels = chosen
     tap: Tap | None = getattr(self, "_coterie_tap", None)
     watched = tap is not None and tap.routed(x_TH, top_k_index, top_k_weights)
     inner = getattr(tap, "inner", None) if watched else None
@@ -194,10 +214,13 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         start += count
         token_R = row_R if K == 1 else row_R // K
         x_RH = x_TH[token_R]
-        inner_RI = inner_activation(self, expert, x_RH, None if scale is None else scale.of(token_R))
+        level_R = None if levels is None else levels.level_TK.reshape(-1)[row_R]
+        inner_RI = inner_activation(self, expert, x_RH, None if scale is None else scale.of(token_R), level_R)
         if inner is not None:
             inner(expert, row_R, inner_RI)
-        y_RH = output_projection(self, expert, inner_RI)
+        y_RH = output_projection(self, expert, inner_RI, level_R)
+        if levels is not None and levels.factor_TK is not None:
+            y_RH = y_RH * levels.factor_TK.reshape(-1, 1)[row_R].to(y_RH.dtype)
         if watched:
             assert tap is not None
             tap.expert(expert, row_R, x_RH, y_RH)

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -85,11 +85,18 @@ def matrix_words(bits: int, shape: tuple[int, int]) -> int:
     return 0 if bits == PLAIN else shape[0] * packing.words(shape[1], bits)
 
 
+class Matrices(Protocol):
+    """Matrices of experts that are made when they are needed."""
+
+    def dense(self, expert: int) -> Tensor:
+        """One of them, [O, I]."""
+
+
 class _Multiply(torch.autograd.Function):
     """x W^T for a matrix that is made when it is needed, forwards and backwards, and never kept."""
 
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, stack: Stack, expert: int) -> Tensor:
+    def forward(ctx: Any, x_RI: Tensor, stack: Matrices, expert: int) -> Tensor:
         ctx.stack, ctx.expert = stack, expert
         return F.linear(x_RI, stack.dense(expert).to(x_RI.dtype))
 
@@ -98,7 +105,7 @@ class _Multiply(torch.autograd.Function):
         return grads[0] @ ctx.stack.dense(ctx.expert).to(grads[0].dtype), None, None
 
 
-def multiply(stack: Stack, expert: int, x_RI: Tensor) -> Tensor:
+def multiply(stack: Matrices, expert: int, x_RI: Tensor) -> Tensor:
     """[R, I] -> [R, O] with one expert's matrix, in the dtype of the inputs."""
     result: Tensor = _Multiply.apply(x_RI, stack, expert)  # type: ignore[no-untyped-call]
     return result
@@ -140,6 +147,10 @@ class Packed:
 
     def _multiply(self, p: str, expert: int, x_RI: Tensor) -> Tensor:
         return multiply(self.stack(p), expert, x_RI)
+
+    def more_tensors(self, p: str) -> list[str]:
+        """Tensors of a projection that stand for no weights of their own, beside scales and zeros."""
+        return []
 
     def shape_of(self, p: str) -> tuple[int, int]:
         """(O, I) of one projection."""
@@ -188,7 +199,7 @@ def convert(
     assert isinstance(weight, Tensor)
     for name in ("gate_up_proj", "up_proj", "down_proj"):
         module._parameters.pop(name, None)
-    module.__class__ = _derived(Packed, type(module))
+    module.__class__ = derived(Packed, type(module))
     assert isinstance(module, Packed)
     module.packed_bits = {p: tuple(bits[p]) for p in shapes}
     module.packed_shapes = dict(shapes)
@@ -196,11 +207,12 @@ def convert(
     for p, shape in shapes.items():
         parts = expert_tensors(module.packed_bits[p], shape, group, symmetric=symmetric, dtype=weight.dtype)
         for part, (size, dtype) in parts.items():
-            _empty(module, f"{part}_{p}", size, dtype, weight.device)
+            empty(module, f"{part}_{p}", size, dtype, weight.device)
     module._is_hf_initialized = True  # type: ignore[assignment]  # its stock initialisation looks for stock weights
 
 
-def _empty(module: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def empty(module: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Give a module an empty tensor: codes as a buffer, numbers as a parameter that does not learn."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
     if dtype.is_floating_point:
         module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -224,7 +236,7 @@ class PackedLinear:
         """Its matrix as the only expert of a stack."""
         shape = (self.out_features, self.in_features)  # type: ignore[attr-defined]
         zero = getattr(self, "zero", None)
-        none = self.scale.new_empty(0, *shape)  # type: ignore[attr-defined]
+        none = self.scale.newempty(0, *shape)  # type: ignore[attr-defined]
         scale_1OG = self.scale[None]  # type: ignore[attr-defined]
         words = self.packed.view(-1)  # type: ignore[attr-defined]
         return Stack(
@@ -253,21 +265,21 @@ def convert_linear(module: nn.Linear, bits: int, group: int, *, symmetric: bool)
     """Make a linear layer a packed one, in place, its tensors empty and on the device of its weight; a bias stays."""
     weight = module.weight
     del module.weight
-    module.__class__ = _derived(PackedLinear, type(module))
+    module.__class__ = derived(PackedLinear, type(module))
     module.packed_width, module.packed_group = bits, group  # type: ignore[assignment]
     shape = (weight.shape[0], weight.shape[1])
     for part, (size, dtype) in linear_tensors(bits, shape, group, symmetric=symmetric, dtype=weight.dtype).items():
-        _empty(module, part, size, dtype, weight.device)
+        empty(module, part, size, dtype, weight.device)
     module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 _classes: dict[tuple[type, type], type] = {}
 
 
-def _derived(kind: type, stock: type) -> type:
-    """The packed class of a stock class, made once."""
+def derived(kind: type, stock: type) -> type:
+    """The class of a stock class whose weights are stored in another way, made once."""
     if (kind, stock) not in _classes:
-        name = f"Packed{stock.__name__}"
+        name = f"{kind.__name__.removesuffix('Linear')}{stock.__name__}"
         _classes[kind, stock] = type(name, (kind, stock), {"__module__": stock.__module__})
     return _classes[kind, stock]
 
@@ -319,4 +331,5 @@ def logical_sizes(model: nn.Module) -> dict[str, int]:
             quantized = sum(b != PLAIN for b in bits)
             found |= {f"{path}.scale_{p}": 0, f"{path}.zero_{p}": 0}
             found[f"{path}.packed_{p}"] = quantized * math.prod(module.packed_shapes[p])
+            found |= {f"{path}.{name}": 0 for name in module.more_tensors(p)}
     return found

@@ -12,9 +12,10 @@ from coterie.compression.quantizers.gptq import gptq, too_few
 from coterie.compression.quantizers.grids import Spec
 from coterie.compression.quantizers.hqq import hqq
 from coterie.compression.quantizers.measure import Report, report
-from coterie.compression.quantizers.mwq import Nested, mwq, nested_bytes
+from coterie.compression.quantizers.mwq import mwq, nested_bytes
 from coterie.compression.quantizers.rtn import rtn
 from coterie.errors import UsageError
+from coterie.experts.nested import NestedCodes
 from coterie.experts.packing import Coded
 
 Quantizer = Literal["rtn", "hqq", "gptq"]
@@ -23,7 +24,7 @@ QUANTIZERS: tuple[Quantizer, ...] = ("rtn", "hqq", "gptq")
 __all__ = [
     "QUANTIZERS",
     "Coded",
-    "Nested",
+    "NestedCodes",
     "Quantizer",
     "Report",
     "Spec",

@@ -24,7 +24,7 @@ chain whose errors have the smallest product over the levels. "paper" is the fir
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -35,30 +35,10 @@ from coterie.compression.quantizers.grids import Spec, checked, parts, stored_sc
 from coterie.compression.quantizers.measure import energy
 from coterie.compression.quantizers.rtn import rtn
 from coterie.errors import UsageError
-from coterie.experts.packing import Coded, coded_bytes, spread
+from coterie.experts.nested import NestedCodes, Plane, with_plane
+from coterie.experts.packing import Coded, coded_bytes
 
 Compensate = Literal["best", "paper", "never"]
-Plane = tuple[Tensor, Tensor]  # signs uint8 [O, I], 1 for +1 and 0 for -1; scales [O, G]
-
-
-@dataclass
-class Nested:
-    """A matrix at several widths: level 0 is the base, level k the base and the first k planes."""
-
-    base: Coded
-    planes: list[Plane]
-
-    def dense(self, level: int | None = None) -> Tensor:
-        """W_hat from the base and the first `level` planes, all of them by default: float32 [O, I]."""
-        w_OI = self.base.dense()
-        for sign_OI, scale_OG in self.planes[:level]:
-            w_OI = with_plane(w_OI, sign_OI, scale_OG, self.base.group)
-        return w_OI
-
-
-def with_plane(w_OI: Tensor, sign_OI: Tensor, scale_OG: Tensor, group: int) -> Tensor:
-    """One level more: W_hat + s Q."""
-    return w_OI + spread(scale_OG, group, w_OI.shape[-1]) * (2 * sign_OI.float() - 1)
 
 
 def nested_bytes(outputs: int, inputs: int, base_bits: int, planes: int, group: int, *, symmetric: bool) -> int:
@@ -77,7 +57,7 @@ def mwq(
     block: int = 128,
     damp: float = 0.01,
     compensate: Compensate = "best",
-) -> Nested:
+) -> NestedCodes:
     """Quantize a matrix to `base_bits` and `planes` further bits, each width a prefix of the next.
 
     Parameters
@@ -102,7 +82,7 @@ def mwq(
     rounded = rtn(w_OI, spec)
     if gram_II is None or not gram_II.any():
         ones_I = torch.ones_like(w_OI[0])
-        nested, below_OI = Nested(rounded, []), rounded.dense()
+        nested, below_OI = NestedCodes(rounded, []), rounded.dense()
         for _ in range(planes):
             nested.planes.append(_signs(w_OI - below_OI, ones_I, spec))
             below_OI = with_plane(below_OI, *nested.planes[-1], spec.group)
@@ -121,13 +101,13 @@ def mwq(
 
 def _chain(
     w_OI: Tensor, base: Coded, planes: int, gram_II: Tensor, factor_II: Tensor | None, spec: Spec, block: int
-) -> tuple[float, Nested]:
+) -> tuple[float, NestedCodes]:
     """The base and its planes, each found from what is below it; and the logarithms of the levels' errors, added up.
 
     Every width counts, each against its own size. Planes are each row's better one of two, or the only one without a
     factor, where that is any better than none.
     """
-    nested, below_OI = Nested(base, []), base.dense()
+    nested, below_OI = NestedCodes(base, []), base.dense()
     weight_I = gram_II.diagonal()
     lowest_O = energy(w_OI - below_OI, gram_II)
     total = _log(lowest_O)
