@@ -221,7 +221,7 @@ def test_a_checkpoint_with_another_vocabulary_cannot_stand_beside(tmp_path):
 
 def test_methods_that_train_say_how_to_be_compared(tmp_path):
     folder, ids = saved("mixtral", tmp_path), token_file(tmp_path / "ids.safetensors")
-    for method in ("mc-smoe", "slimmoe:width=0.5", "wanda:sparsity=0.5"):
+    for method in ("mc-smoe", "otp", "slimmoe:width=0.5", "wanda:sparsity=0.5"):
         done = cli("compare", folder, "--methods", method, "--tokens", ids)
         assert done.code == 2
         assert "--checkpoint" in done.err

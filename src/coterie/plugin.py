@@ -94,10 +94,11 @@ def register() -> None:
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             from coterie.anatomy.uneven import check_codes
-            from coterie.experts.compressed import fill_missing
+            from coterie.experts import compressed, masks
 
             check_codes(model, self.quantization_config.to_dict())
-            fill_missing(model)
+            compressed.fill_missing(model)
+            masks.fill_missing(model)
             if self.packed is not None:  # transformers leaves what is not packed in the dtype it is stored in
                 for name, parameter in model.named_parameters():
                     parameter.data = parameter.data.to(self.dtypes.get(name, parameter.dtype))

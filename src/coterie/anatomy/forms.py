@@ -1,6 +1,6 @@
 """What is special about the experts of a layer: shared by several router outputs, stored as low-rank factors or as
-codes of few bits, or only the strongest of a token run and vectors stand in for the rest (compressed experts). And
-which linear layers beside them are stored as codes.
+codes of few bits, only the strongest of a token run and vectors stand in for the rest (compressed experts), or a mask
+router chooses which run. And which linear layers beside them are stored as codes.
 
 config.json says so in its "coterie" header (see `uneven`), layer by layer:
 
@@ -29,7 +29,7 @@ from coterie.anatomy.experts import ExpertBank
 from coterie.anatomy.layers import MoELayer, moe_layers
 from coterie.anatomy.slicing import cut_experts
 from coterie.errors import CheckpointError
-from coterie.experts import compressed, factored, mapped, packed, packing
+from coterie.experts import compressed, factored, mapped, masks, packed, packing
 from coterie.experts.forward import projections
 
 Projection = Literal["gate", "up", "down"]
@@ -70,6 +70,16 @@ class Linears(Grid):
     bits: dict[str, Annotated[int, Field(ge=1, le=8)]]
 
 
+class MaskForm(BaseModel):
+    """The mask router in front of a layer's experts, see `experts.masks`. inner : width of its first layer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    inner: int = Field(ge=1)
+    candidates: masks.Candidates
+    renormalise: bool
+
+
 class Form(BaseModel):
     """What is special about one layer's experts.
 
@@ -77,6 +87,7 @@ class Form(BaseModel):
     rows : rows of each projection's sparse part, over all experts; only with ranks.
     main : experts that run per token, the strongest of those picked; single, renormalize_main : see
     `experts.compressed`; only with main. bits : the experts are stored as codes; not with ranks or main.
+    skip : the mask router that lets a token run fewer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -88,6 +99,7 @@ class Form(BaseModel):
     single: bool | None = None
     renormalize_main: bool | None = None
     bits: ExpertBits | None = None
+    skip: MaskForm | None = None
 
     def describe(self) -> dict[str, Any]:
         return self.model_dump(exclude_none=True)
@@ -137,6 +149,8 @@ def apply_forms(model: nn.Module, forms: Mapping[int, Form]) -> None:
             compressed.convert(layer.experts, form.main, single=single, renormalize_main=renormalize)
         elif form.single is not None or form.renormalize_main is not None:
             raise CheckpointError(f"config.json: layer {index} says how vectors stand in for experts, but has no main")
+        if form.skip is not None:
+            masks.attach(layer.experts, empty_mask_router(layer, form.skip))
 
 
 def form_of(layer: MoELayer) -> Form:
@@ -152,6 +166,7 @@ def form_of(layer: MoELayer) -> Form:
         ranks=ranks,  # type: ignore[arg-type]
         rows=rows,  # type: ignore[arg-type]
         bits=_bits(module),
+        skip=mask_form(module),
         **_compressed(module),
     )
 
@@ -194,6 +209,33 @@ def linears_in(model: nn.Module) -> Linears | None:
     first = next(iter(found.values()))
     bits = {name: module.packed_width for name, module in found.items()}
     return Linears(group=first.packed_group, symmetric=not hasattr(first, "zero"), bits=bits)
+
+
+def mask_form(module: nn.Module) -> MaskForm | None:
+    """What describes the mask router of an experts module; None where there is none."""
+    router = masks.mask_router(module)
+    if router is None:
+        return None
+    return MaskForm(inner=router.inner, candidates=router.candidates, renormalise=router.renormalise)
+
+
+def empty_mask_router(layer: MoELayer, form: MaskForm) -> masks.MaskRouter:
+    """A mask router of this form that fits the layer, its weights not set. Raises CheckpointError if none fits."""
+    if layer.top_k < 2:
+        raise CheckpointError(f"layer {layer.index} runs {layer.top_k} expert per token: there is none to skip")
+    if form.candidates == "subsets" and layer.top_k > masks.MOST_SUBSETS:
+        raise CheckpointError(
+            f"layer {layer.index} runs {layer.top_k} experts per token, too many to choose among all subsets",
+            "Use nested masks.",
+        )
+    return masks.MaskRouter(
+        layer.bank.hidden_size,
+        layer.top_k,
+        form.inner,
+        candidates=form.candidates,
+        renormalise=form.renormalise,
+        device=layer.router_device,
+    )
 
 
 def _compressed(module: nn.Module) -> dict[str, Any]:

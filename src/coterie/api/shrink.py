@@ -24,6 +24,7 @@ from coterie.compression.quantize import plan_bits, quantize_checkpoint, quantiz
 from coterie.compression.quantizing.base import Quantizer
 from coterie.compression.recipe import ORIGINAL, Recipe, RecipeHeal
 from coterie.compression.selector import Budget, parse_layers, parse_protect
+from coterie.compression.skipping.otp import Otp
 from coterie.compression.slim import slim, slim_forecast
 from coterie.compression.slimming.slimmoe import SlimMoE
 from coterie.compression.sparsify import sparsify, sparsify_forecast
@@ -134,11 +135,24 @@ def _factorize_forecast(*given: Any, **named: Any) -> Forecast:
     return factorize_forecast(*given, **named)
 
 
+def _learn_masks(*given: Any, **named: Any) -> Result:
+    from coterie.training.skipping import learn_masks
+
+    return learn_masks(*given, **named)
+
+
+def _learn_masks_forecast(*given: Any, **named: Any) -> Forecast:
+    from coterie.training.skipping import learn_masks_forecast
+
+    return learn_masks_forecast(*given, **named)
+
+
 JOBS: dict[type[OwnJob], tuple[Callable[..., Result], Callable[..., Forecast]]] = {
     Sparsifier: (sparsify, sparsify_forecast),
     SlimMoE: (slim, slim_forecast),
     McSmoe: (_factorize, _factorize_forecast),
     Quantizer: (quantize_checkpoint, quantize_forecast),
+    Otp: (_learn_masks, _learn_masks_forecast),
 }
 
 _NO_BUDGET: dict[str, Any] = {"scope": "uniform", "minimum": 1, "protect": ()}  # what says nothing

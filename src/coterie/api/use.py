@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coterie.anatomy import moe_layers
-from coterie.compression.selector import parse_protect
-from coterie.decoding.skipping import Skipped, betas, check_fit, skip
+from coterie.compression.selector import parse_layers, parse_protect
+from coterie.decoding.skipping import Skipped, betas, check_fit, counted, skip
 from coterie.errors import UsageError
 from coterie.evaluation.compare import ModelResult, evaluate_models
 from coterie.profiling.profile import Profile
@@ -33,6 +33,8 @@ def evaluate(
     samples: int = 64,
     skip_profile: str | Profile | None = None,
     skip_quantile: float = 0.5,
+    skip_tokens: float = 0.0,
+    skip_layers: str | None = None,
     seed: int = 0,
     runtime: Runtime | None = None,
     progress: Progress | None = None,
@@ -41,7 +43,10 @@ def evaluate(
     """Loss and perplexity of every model on text and, for all but the first, KL to and agreement with the first.
 
     skip_profile : a profile of the first model that holds `GateRatio`; that model is then measured a second time, with
-        its weak experts skipped at run time (see `skipping`), and what was skipped is told in its name.
+        its weak experts skipped at run time (see `skipping`), and what was skipped is told in its name. skip_quantile,
+        skip_tokens, skip_layers : quantile, protect_tokens and layers there.
+    Checkpoints with mask routers (OTP) tell in their name how many experts per token they ran.
+
     Keywords beyond these are `calibration`'s: length, tokens, ...
     """
     runtime = runtime or Runtime()
@@ -57,16 +62,18 @@ def evaluate(
         raise UsageError(f"these models have different vocabularies ({sorted(sizes)}) and cannot be compared")
     memory = parse_size(runtime.memory, least=0)
     with ExitStack() as stack:
-        skipped = None
+        counts = [stack.enter_context(counted(streamed.moe.values())) for _, streamed in opened]
         if skip_profile is not None:
             seen = skip_profile if isinstance(skip_profile, Profile) else Profile.load(Path(skip_profile))
             again = runtime.open(names[0])
             check_fit(seen, again.moe.values())
-            skipped = stack.enter_context(skip(again.moe.values(), betas(seen, skip_quantile)))
+            thresholds = _of_layers(betas(seen, skip_quantile), skip_layers)
+            counts.append(stack.enter_context(skip(again, thresholds, protect_tokens=skip_tokens)))
             opened.append((f"{names[0]} skipping", again))
         results = evaluate_models(opened, found, memory=memory, progress=progress, seed=seed)
-    if skipped is not None:
-        results[-1].model += f" ({skipped.active:.2f} experts per token)"
+    for result, skipped in zip(results, counts, strict=True):
+        if skipped is not None:
+            result.model += f" ({skipped.active:.2f} experts per token)"
     return results
 
 
@@ -213,14 +220,27 @@ def skipping(
     quantile: float = 0.5,
     renormalise: bool = True,
     protect: Sequence[str] = (),
+    protect_tokens: float = 0.0,
+    layers: str | None = None,
 ) -> Iterator[Skipped]:
     """Skip a token's weak experts while a model in memory runs (NAEE, arXiv:2402.14800); gives the counts.
 
+    With protect_tokens=0.02 it is ODP (arXiv:2410.06270).
+
     profile : holds `GateRatio` of this very model. quantile, renormalise : see `coterie.decoding.skipping`.
-    protect : experts that are never skipped, as "layer:expert".
+    protect : experts that are never skipped, as "layer:expert". protect_tokens : share of each sequence's tokens, the
+        most important ones, that keep all experts; attention then runs in its plain form.
+    layers : only these decoder layers skip, e.g. "4-30".
     """
     loaded = profile if isinstance(profile, Profile) else Profile.load(Path(profile))
     check_fit(loaded, moe_layers(model))
     held = parse_protect([protect] if isinstance(protect, str) else list(protect))
-    with skip(model, betas(loaded, quantile), renormalise=renormalise, protect=held) as done:
+    thresholds = _of_layers(betas(loaded, quantile), layers)
+    with skip(model, thresholds, renormalise=renormalise, protect=held, protect_tokens=protect_tokens) as done:
         yield done
+
+
+def _of_layers(found: dict[int, torch.Tensor], layers: str | None) -> dict[int, torch.Tensor]:
+    """The thresholds of some decoder layers. Raises UsageError if there is none among them."""
+    chosen = parse_layers(layers, None, sorted(found))
+    return found if chosen is None else {index: beta_R for index, beta_R in found.items() if index in chosen}

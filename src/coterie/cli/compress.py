@@ -288,6 +288,12 @@ def _show_result(result: Any, out: str, elapsed: float, report: bool) -> None:
         ["active per token", millions(before.active_parameters), millions(after.active_parameters)],
     ]
     table(f"{result.plan.method}: {out}", ["", "before", "after"], rows)
+    if skipping := result.record.get("skipping"):
+        told = ", ".join(f"{entry['experts_per_token']:.2f}" for entry in skipping["layers"])
+        say(
+            f"{skipping['experts_per_token']:.2f} of {skipping['picked_per_token']:g} experts run per token on this"
+            f" text, {skipping['share']:.1%} of the activations; by layer {told}"
+        )
     if sparsity := result.record.get("sparsity"):
         say(f"sparsity {spoken_sparsity(sparsity)}")
         sparse = gigabytes(sparsity["bytes_if_stored_sparse"])

@@ -72,6 +72,18 @@ def evaluate(
     skip_quantile: Annotated[
         float, typer.Option(min=0, max=1, help="Share of tokens that skip, per layer and rank, with --skip.")
     ] = 0.5,
+    skip_tokens: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of each sequence's tokens, the most important ones, that skip nothing, with --skip: 0.02 makes"
+            " it ODP. Needs memory for attention probabilities.",
+        ),
+    ] = 0.0,
+    skip_layers: Annotated[
+        str | None, typer.Option(help="Only these decoder layers skip, e.g. 4-30, with --skip.", show_default=False)
+    ] = None,
     tasks: Tasks = None,
     num_fewshot: NumFewshot = None,
     limit: Limit = None,
@@ -87,6 +99,8 @@ def evaluate(
         raise UsageError("no task is named", "Name some with --tasks.")
     if names and skip:
         raise UsageError("--skip is measured on text, not on tasks", "Use --data with it.")
+    if not skip and (skip_tokens or skip_layers):
+        raise UsageError("--skip-tokens and --skip-layers say how to skip", "Name a profile with --skip.")
     if not names and (streamed is not None or apply_chat_template):
         raise UsageError("--streamed, --resident and --apply-chat-template are about tasks", "Name some with --tasks.")
     if limit is not None and limit <= 0:
@@ -127,6 +141,8 @@ def evaluate(
             pack=pack,
             skip_profile=skip,
             skip_quantile=skip_quantile,
+            skip_tokens=skip_tokens,
+            skip_layers=skip_layers,
             seed=seed,
             runtime=runtime,
             progress=bar,  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from coterie.anatomy import slice_names
+from coterie.experts import masks
 from coterie.experts.packed import logical_sizes
 from coterie.streaming.model import StreamedModel
 from coterie.streaming.writer import Spec
@@ -57,14 +58,18 @@ def measure_written(
     specs: Sequence[Spec],
     fresh_of: Mapping[str, int],
     counts: Mapping[int, int],
-    active: Mapping[int, int] | None = None,
+    active: Mapping[int, float] | None = None,
 ) -> Size:
     """Size of what will be written from `streamed`: `layout`'s specs, its layers holding `counts` experts, of which
-    `active` run per token (by default as many as do now)."""
+    `active` run per token, or do on average (by default as many as do now)."""
     sizes = {spec.key: (torch.Size(spec.shape).numel(), spec.nbytes) for spec in specs}
     params: dict[str, str | None] = {}
-    for key in sizes:  # a name the source does not have is a new form of the experts
-        params[key] = streamed.params[key] if key in streamed.params else f"{streamed.moe[fresh_of[key]].experts_name}."
+    for key in sizes:  # a name the source does not have is a new form of the experts, or what chooses among them
+        if key in streamed.params:
+            params[key] = streamed.params[key]
+        else:
+            beside = f"{masks.NAME}." if masks.NAME in key.split(".") else ""
+            params[key] = f"{streamed.moe[fresh_of[key]].experts_name}.{beside}"
     return _size(streamed, sizes, params, counts, active)
 
 
@@ -73,7 +78,7 @@ def _size(
     sizes: Mapping[str, tuple[int, int]],
     params: Mapping[str, str | None],
     counts: Mapping[int, int] | None = None,
-    active: Mapping[int, int] | None = None,
+    active: Mapping[int, float] | None = None,
 ) -> Size:
     """sizes : {checkpoint key: (numbers, bytes)}. params : the model's name of each, None where it ignores the key."""
     layers = streamed.moe

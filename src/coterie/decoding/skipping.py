@@ -1,4 +1,5 @@
-"""Dynamic skipping: leave out a token's weak experts while the model runs (NAEE, arXiv:2402.14800).
+"""Dynamic skipping: leave out a token's weak experts while the model runs (NAEE, arXiv:2402.14800; ODP of MC,
+arXiv:2410.06270).
 
 w_1 >= w_2 >= ... are the weights the router applies to one token's experts. Rank i >= 2 of layer l is skipped where
 
@@ -10,6 +11,10 @@ its whole weight. With the median about half of the calibration tokens skip. No 
 The paper has ranks 1 and 2; more ranks, each with a median of its own, are an extension. Its ratios are of weights
 before renormalisation, which gives the same numbers. Betas belong to a model's experts: after pruning they have to be
 measured again.
+
+ODP is this rule with the same median, except that the most important 2% of each sequence's tokens keep all their
+experts (`importance`; at a decoding step only the rule is left), and optionally in some layers alone: give thresholds
+for those. Its paper has ranks 1 and 2 too. The authors' code fixes thresholds and layers for one model.
 """
 
 # T tokens, K experts per token, R = K - 1 ranks below the first, B bins, E experts
@@ -19,25 +24,31 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from coterie.anatomy import MoELayer, moe_layers
+from coterie.decoding.importance import TokenWatch
 from coterie.errors import UsageError
 from coterie.experts.forward import NAME, rerouted
+from coterie.experts.masks import mask_router, strongest_first, taken_over
 from coterie.profiling.observers import GateRatio
 from coterie.profiling.profile import Profile
+from coterie.streaming.model import StreamedModel
 
 
 @dataclass
 class Skipped:
-    """What was skipped so far. tokens, slots, skipped : {layer: number}; a slot is one expert of one token."""
+    """What was skipped so far, padding left out. tokens, slots, skipped, protected : {layer: number}; a slot is one
+    expert of one token, a protected token keeps all of its experts."""
 
     tokens: dict[int, int] = field(default_factory=dict)
     slots: dict[int, int] = field(default_factory=dict)
     skipped: dict[int, int] = field(default_factory=dict)
+    protected: dict[int, int] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -50,11 +61,9 @@ class Skipped:
         return (sum(self.slots.values()) - sum(self.skipped.values())) / max(sum(self.tokens.values()), 1)
 
     def describe(self) -> dict[str, Any]:
-        """JSON: the totals, and by layer tokens, slots and skipped slots."""
-        layers = [
-            {"layer": i, "tokens": self.tokens[i], "slots": self.slots[i], "skipped": self.skipped[i]}
-            for i in sorted(self.tokens)
-        ]
+        """JSON: the totals, and by layer tokens, slots, skipped slots and protected tokens."""
+        told = ("tokens", "slots", "skipped", "protected")
+        layers = [{"layer": i, **{name: getattr(self, name)[i] for name in told}} for i in sorted(self.tokens)]
         return {"share_skipped": self.share, "experts_per_token": self.active, "layers": layers}
 
 
@@ -108,49 +117,88 @@ def check_fit(profile: Profile, layers: Iterable[MoELayer]) -> None:
 
 @contextmanager
 def skip(
-    layers: nn.Module | Iterable[MoELayer],
+    layers: nn.Module | StreamedModel | Iterable[MoELayer],
     betas: Mapping[int, Tensor],
     *,
     renormalise: bool = True,
     protect: Collection[tuple[int, int]] = (),
+    protect_tokens: float = 0.0,
 ) -> Iterator[Skipped]:
     """Skip weak experts as long as the context lasts; gives the counts.
 
     Parameters
     ----------
-    layers : a resident model (which runs with the "coterie" experts meanwhile), or the layers of a streamed one
+    layers : a resident model (which runs with the "coterie" experts meanwhile), a streamed one, or some layers of one
         (`streamed.moe.values()`).
     betas : thresholds by layer, as from `betas`; layers without any skip nothing.
     renormalise : scale a token's remaining weights to its total. False leaves them as they are.
     protect : (layer, expert) pairs never skipped, such as super experts.
+    protect_tokens : share of each sequence's tokens, the most important ones, that keep all their experts (ODP has
+        0.02). The model then runs with attention that shows its probabilities ("eager"), which takes memory for them,
+        one layer at a time, and time. Raises ModelError where a layer has no attention, UsageError for layers alone.
     """
     done = Skipped()
     with ExitStack() as stack:
+        if protect_tokens:
+            stack.enter_context(_eager(layers))
         if isinstance(layers, nn.Module):
             stack.enter_context(_coterie_experts(layers))
             layers = moe_layers(layers)
-        for layer in layers:
+        for layer in layers.moe.values() if isinstance(layers, StreamedModel) else layers:
             if layer.index in betas:
                 held = sorted(expert for index, expert in protect if index == layer.index)
-                slot = _Slot(layer, betas[layer.index], renormalise, held, done)
+                watch = stack.enter_context(TokenWatch(layer, protect_tokens))
+                slot = _Slot(layer, betas[layer.index], renormalise, held, watch, done)
                 stack.enter_context(rerouted(layer.experts, slot))
         yield done
+
+
+@contextmanager
+def counted(layers: Iterable[MoELayer]) -> Iterator[Skipped | None]:
+    """Count what the mask routers of a checkpoint (`experts.masks`) skip as long as the context lasts; None where it
+    has none."""
+    routers = [(layer, router) for layer in layers if (router := mask_router(layer.experts)) is not None]
+    done = Skipped()
+    with ExitStack() as stack:
+        for layer, router in routers:
+            for counts in (done.tokens, done.slots, done.skipped, done.protected):
+                counts[layer.index] = 0
+            router.watch = partial(_count, done, layer.index, stack.enter_context(TokenWatch(layer)))
+            stack.callback(setattr, router, "watch", None)
+        yield done if routers else None
+
+
+def _count(done: Skipped, index: int, watch: TokenWatch, slots_TK: Tensor, kept_TK: Tensor) -> None:
+    real_T = watch.real_T
+    assert real_T is not None  # the block that holds the mask router has been entered
+    done.tokens[index] += int(real_T.sum())
+    done.slots[index] += int(slots_TK[real_T].sum())
+    done.skipped[index] += int((slots_TK & ~kept_TK)[real_T].sum())
 
 
 class _Slot:
     """The rule, between the router and the experts of one layer."""
 
-    def __init__(self, layer: MoELayer, beta_R: Tensor, renormalise: bool, held: list[int], done: Skipped) -> None:
+    def __init__(
+        self,
+        layer: MoELayer,
+        beta_R: Tensor,
+        renormalise: bool,
+        held: list[int],
+        watch: TokenWatch,
+        done: Skipped,
+    ) -> None:
         if len(beta_R) != layer.top_k - 1:
             raise UsageError(
                 f"layer {layer.index}: {len(beta_R)} thresholds for the {layer.top_k - 1} ranks below the first",
                 f"Give one each: its router picks {layer.top_k} experts per token.",
             )
         self.index, self.E, self.renormalise, self.done = layer.index, layer.num_experts, renormalise, done
+        self.watch = watch
         self.beta_K = torch.cat((beta_R.new_zeros(1), beta_R)).double()  # the first rank always runs
         self.held_E = torch.zeros(self.E + 1, dtype=torch.bool)
         self.held_E[held] = True
-        for counts in (done.tokens, done.slots, done.skipped):
+        for counts in (done.tokens, done.slots, done.skipped, done.protected):
             counts[layer.index] = 0
 
     def __call__(self, index_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,18 +207,23 @@ class _Slot:
             self.beta_K, self.held_E = self.beta_K.to(device), self.held_E.to(device)
         real_TK = index_TK < self.E
         sized_TK = torch.where(real_TK, weight_TK.double(), -torch.inf)
-        rank_TK = sized_TK.argsort(stable=True, dim=-1, descending=True).argsort(-1)  # 0 is the largest
+        rank_TK = strongest_first(real_TK, weight_TK).argsort(-1)  # 0 is the largest
         largest_T1 = sized_TK.amax(-1, keepdim=True)
         weak_TK = sized_TK < self.beta_K[rank_TK] * largest_T1
         gone_TK = weak_TK & real_TK & ~self.held_E[index_TK.clamp(max=self.E)]
-        self.done.tokens[self.index] += len(index_TK)
-        self.done.slots[self.index] += int(real_TK.sum())
-        self.done.skipped[self.index] += int(gone_TK.sum())
+        counted_T, spared_T = self.watch.real_T, self.watch.important_T
+        self.watch.taken()
+        if counted_T is None:
+            counted_T = torch.ones(len(index_TK), dtype=torch.bool, device=device)
+        if spared_T is not None:
+            gone_TK &= ~spared_T[:, None]
+            self.done.protected[self.index] += int(spared_T.sum())
+        self.done.tokens[self.index] += int(counted_T.sum())
+        self.done.slots[self.index] += int(real_TK[counted_T].sum())
+        self.done.skipped[self.index] += int(gone_TK[counted_T].sum())
         kept_TK = weight_TK.masked_fill(gone_TK, 0.0)
         if self.renormalise:
-            total_T1, left_T1 = (w.float().sum(-1, keepdim=True) for w in (weight_TK, kept_TK))
-            scale_T1 = torch.where(gone_TK.any(-1, keepdim=True), total_T1 / left_T1, 1.0)
-            kept_TK = (kept_TK * scale_T1).to(weight_TK.dtype)
+            kept_TK = taken_over(weight_TK, kept_TK, gone_TK.any(-1, keepdim=True))
         return index_TK.masked_fill(gone_TK, self.E), kept_TK
 
 
@@ -183,3 +236,17 @@ def _coterie_experts(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.set_experts_implementation(before)  # type: ignore[operator]
+
+
+@contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    """Run a model with attention that shows its probabilities."""
+    whole = model.model if isinstance(model, StreamedModel) else model
+    if not isinstance(whole, nn.Module):
+        raise UsageError("layers alone cannot protect tokens", "Give the model: all its attention has to run eagerly.")
+    before = whole.config._attn_implementation  # type: ignore[union-attr]
+    whole.set_attn_implementation("eager")  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        whole.set_attn_implementation(before)  # type: ignore[operator]

@@ -37,6 +37,7 @@ from coterie.anatomy.architectures import model_class_of
 from coterie.anatomy.uneven import checksums_of, damage, is_coterie, rebuild
 from coterie.errors import CheckpointError, CoterieError, ModelError
 from coterie.experts import forward as experts_forward
+from coterie.experts.masks import Wide
 from coterie.experts.packed import checksum
 from coterie.streaming.checkpoint import DTYPES, Checkpoint, PackedInfo
 from coterie.streaming.config import choose_compute_dtype, one_line, read_config, stored_form
@@ -369,8 +370,9 @@ class StreamedModel:
                     self._reusable[(param.rpartition(".")[2], value.shape, value.dtype)] = value
 
     def _to_compute_dtype(self, module: nn.Module) -> None:
-        """Cast what was loaded into `module` to the compute dtype; fused experts may stay as they are stored."""
-        if is_experts_module(module) and self.experts == experts_forward.NAME:
+        """Cast what was loaded into `module` to the compute dtype; fused experts may stay as they are stored, mask
+        routers do."""
+        if (is_experts_module(module) and self.experts == experts_forward.NAME) or isinstance(module, Wide):
             return
         for name, param in module.named_parameters(recurse=False):
             if not param.is_meta and param.is_floating_point():

@@ -144,8 +144,15 @@ class _Student(PlainTrainer):
 
     columns = ("loss", "kd", "teacher")
 
-    def __init__(self, *given: Any, teacher: nn.Module | None, options: Distillation, **named: Any) -> None:
-        self.teacher, self.options = teacher, options
+    def __init__(
+        self,
+        *given: Any,
+        teacher: nn.Module | None,
+        options: Distillation,
+        penalty: Callable[[dict[str, Tensor]], Tensor] | None = None,
+        **named: Any,
+    ) -> None:
+        self.teacher, self.options, self.penalty = teacher, options, penalty
         super().__init__(*given, **named)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the tokens of a step
         self.loss_is_scaled_for_ga = True
@@ -180,6 +187,8 @@ class _Student(PlainTrainer):
         total = self.options.kd_weight * kd_T.sum()
         if self.options.lm_weight:
             total = total + self.options.lm_weight * lm_T.sum()
+        if self.penalty is not None:
+            total = total + self.penalty(inputs) * len(kd_T)
         return total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
 
     def row_sums(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -197,6 +206,7 @@ def distil(
     held_out: TokenData | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     rules: Sequence[Rule] = (),
+    penalty: Callable[[dict[str, Tensor]], Tensor] | None = None,
     device: str = "cpu",
     seed: int = 0,
     phase: str = "distillation",
@@ -213,6 +223,7 @@ def distil(
     callbacks : of the Hugging Face Trainer. Gradients are there in `on_pre_optimizer_step`, weights may be changed in
         `on_optimizer_step`; kwargs hold `model` and `optimizer`.
     rules : learning rates and weight decays by name, see `Rule`.
+    penalty : what a batch costs beside, asked after the student has seen it; a mean, like the other losses.
     on_log : called with (phase, step, steps, training loss) now and then.
 
     A run that was killed and resumed ends with the same weights as one that was not, where the device's arithmetic is
@@ -255,6 +266,7 @@ def distil(
             [*rules, stand_ins()],
             teacher=online,
             options=options,
+            penalty=penalty,
         )
         result = Distilled(steps=options.steps)
         began = time.monotonic()

@@ -1,0 +1,1 @@
+"""Methods that let a token run fewer of the experts its router picked: one file each."""
