@@ -284,6 +284,20 @@ def test_parameters_of_a_quantized_model_are_those_of_the_original(models, tmp_p
     assert two.bytes < one.bytes
 
 
+def test_mask_routers_are_learned_on_packed_experts_which_keep_their_codes(models, ids, tmp_path):
+    quantized(models("qwen3-moe"), tmp_path / "packed")
+    parameters = {"steps": 2, "batch_size": 2, "ratio": 0.75}
+    result = coterie.compress(
+        str(tmp_path / "packed"), str(tmp_path / "out"), method="otp", parameters=parameters, tokens=str(ids)
+    )
+    one, two = each_tensor(tmp_path / "packed"), each_tensor(tmp_path / "out")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert result.after.parameters > result.before.parameters
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert next(iter(moe_layers(model))).experts.packed_bits
+    assert torch.isfinite(model(tokens()).logits).all()
+
+
 # -- kills ------------------------------------------------------------------------------------------------------------
 
 KILLED = 9

@@ -1,6 +1,6 @@
 """What is special about the experts of a layer: shared by several router outputs, stored as low-rank factors or as
-codes of few bits, at one width or at several (nested), only the strongest of a token run and vectors stand in for the rest (compressed experts), or a mask
-router chooses which run. And which linear layers beside them are stored as codes.
+codes of few bits, at one width or at several (nested, perhaps with a router that chooses among them), only the strongest
+of a token run and vectors stand in for the rest (compressed experts), or a mask router chooses which run. And which linear layers beside them are stored as codes.
 
 config.json says so in its "coterie" header (see `uneven`), layer by layer:
 

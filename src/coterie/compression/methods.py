@@ -254,8 +254,8 @@ def method(name: str, *, kind: str, paper: str) -> Callable[[M], M]:
 
 def methods() -> dict[str, Registered]:
     """All methods by name; importing a file in a method folder is enough to be listed."""
-    kinds = ("pruning", "merging", "factorizing", "editing", "sparsifying", "slimming", "quantizing", "skipping")
-    for family in kinds:
+    families = ("pruning", "merging", "factorizing", "editing", "sparsifying", "slimming", "quantizing", "skipping")
+    for family in families:
         package = importlib.import_module(f"coterie.compression.{family}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")

@@ -62,7 +62,11 @@ def measure_written(
 ) -> Size:
     """Size of what will be written from `streamed`: `layout`'s specs, its layers holding `counts` experts, of which
     `active` run per token, or do on average (by default as many as do now)."""
-    sizes = {spec.key: (torch.Size(spec.shape).numel(), spec.nbytes) for spec in specs}
+    packed = logical_sizes(streamed.model)
+    sizes = {
+        spec.key: (packed.get(streamed.params.get(spec.key) or "", torch.Size(spec.shape).numel()), spec.nbytes)
+        for spec in specs
+    }
     params: dict[str, str | None] = {}
     for key in sizes:  # a name the source does not have is a new form of the experts, or what chooses among them
         if key in streamed.params:
