@@ -1,6 +1,7 @@
 """What is special about the experts of a layer: shared by several router outputs, stored as low-rank factors or as
-codes of few bits, at one width or at several (nested, perhaps with a router that chooses among them), only the strongest
-of a token run and vectors stand in for the rest (compressed experts), or a mask router chooses which run. And which linear layers beside them are stored as codes.
+codes of few bits, at one width or at several (nested, perhaps with a bit router that chooses among them); or only the
+strongest of a token run and vectors stand in for the rest (compressed experts); or a mask router chooses which run. And
+which linear layers beside them are stored as codes.
 
 config.json says so in its "coterie" header (see `uneven`), layer by layer:
 
@@ -161,12 +162,12 @@ def apply_forms(model: nn.Module, forms: Mapping[int, Form]) -> None:
         if form.nested is not None:
             if any(entry is not None for entry in (form.bits, form.ranks, form.main)):
                 raise CheckpointError(f"config.json: layer {index} has nested experts and others; not both can be")
-            grid, options = form.nested, form.nested.options
+            planed, options = form.nested, form.nested.options
             if options is not None:
-                levels.attach(layer.experts, empty_bit_router(layer, grid.base, options))
+                levels.attach(layer.experts, empty_bit_router(layer, planed.base, options))
             shapes = projection_shapes(layer.bank)
             nested.convert_nested(
-                layer.experts, shapes, grid.base, grid.planes, grid.group, symmetric=grid.symmetric
+                layer.experts, shapes, planed.base, planed.planes, planed.group, symmetric=planed.symmetric
             )
         if form.main is not None:
             _check_main(layer, form)

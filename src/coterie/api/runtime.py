@@ -38,8 +38,11 @@ class Runtime:
     allow_nonfinite: bool = False
     memory: str = "2GiB"
 
-    def open(self, model: str) -> StreamedModel:
-        """Open a checkpoint; every tensor's place and shape is checked, no weight is read."""
+    def open(self, model: str, *, planes: int | None = None) -> StreamedModel:
+        """Open a checkpoint; every tensor's place and shape is checked, no weight is read.
+
+        planes : of nested experts, only the base and so many planes are there (see `coterie.experts.nested`).
+        """
         self.ready()
         return StreamedModel(
             Checkpoint.open(model, offline=self.offline),
@@ -47,6 +50,7 @@ class Runtime:
             compute_dtype=self.compute_dtype,
             allow_nonfinite=self.allow_nonfinite,
             trust_remote_code=self.trust_remote_code,
+            planes=planes,
         )
 
     def ready(self) -> None:

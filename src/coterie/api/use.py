@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coterie.anatomy import moe_layers
+from coterie.anatomy.forms import with_planes
 from coterie.compression.selector import parse_layers, parse_protect
 from coterie.decoding.skipping import Skipped, betas, check_fit, counted, skip
 from coterie.errors import UsageError
 from coterie.evaluation.compare import ModelResult, evaluate_models
+from coterie.experts.nested import nested_modules
 from coterie.profiling.profile import Profile
 from coterie.streaming.checkpoint import resolve
 from coterie.streaming.config import choose_compute_dtype
 from coterie.streaming.lockstep import Progress
+from coterie.streaming.model import StreamedModel
 from coterie.streaming.writer import parse_size
 from coterie.text import check_ids, load_tokenizer
 
@@ -35,6 +38,7 @@ def evaluate(
     skip_quantile: float = 0.5,
     skip_tokens: float = 0.0,
     skip_layers: str | None = None,
+    planes: int | None = None,
     seed: int = 0,
     runtime: Runtime | None = None,
     progress: Progress | None = None,
@@ -45,6 +49,7 @@ def evaluate(
     skip_profile : a profile of the first model that holds `GateRatio`; that model is then measured a second time, with
         its weak experts skipped at run time (see `skipping`), and what was skipped is told in its name. skip_quantile,
         skip_tokens, skip_layers : quantile, protect_tokens and layers there.
+    planes : checkpoints with nested experts are read with only so many planes; others as they are.
     Checkpoints with mask routers (OTP) tell in their name how many experts per token they ran.
 
     Keywords beyond these are `calibration`'s: length, tokens, ...
@@ -55,6 +60,8 @@ def evaluate(
     if found is None:
         raise UsageError("evaluation needs text", "Name some with --data.")
     opened = [(name, runtime.open(name)) for name in names]
+    if planes is not None:
+        opened = _with_planes(opened, runtime, planes)
     for _, streamed in opened:
         check_ids(found, vocabulary_of(streamed))
     sizes = {m.config.get_text_config(decoder=True).vocab_size for _, m in opened}
@@ -75,6 +82,22 @@ def evaluate(
         if skipped is not None:
             result.model += f" ({skipped.active:.2f} experts per token)"
     return results
+
+
+def _with_planes(
+    opened: list[tuple[str, StreamedModel]], runtime: Runtime, planes: int
+) -> list[tuple[str, StreamedModel]]:
+    """The same checkpoints, those with nested experts opened with only so many planes. Raises UsageError if none is."""
+    nested = [bool(nested_modules(streamed.model)) for _, streamed in opened]
+    if not any(nested):
+        raise UsageError(
+            f"--planes {planes}: no expert of {', '.join(name for name, _ in opened)} is stored in planes",
+            "Only what --method d2moe wrote has planes to leave.",
+        )
+    return [
+        (f"{name}, {planes} planes", runtime.open(name, planes=planes)) if has else (name, streamed)
+        for has, (name, streamed) in zip(nested, opened, strict=True)
+    ]
 
 
 def score_tasks(
@@ -176,6 +199,7 @@ def load(
     groups: bool = True,
     device: str = "cpu",
     experts_implementation: str | None = None,
+    planes: int | None = None,
     **options: Any,
 ) -> tuple[Any, Any]:
     """A model and its tokenizer, whole in memory, by plain transformers. Options go to `from_pretrained`.
@@ -188,6 +212,7 @@ def load(
     task : a task of the store; several, as "math+code" or a list, have equal say. query : a text instead, whose nearest
         task is taken; where none is within `threshold`, all tasks with equal say.
     keep, keep_experts : share or number of experts of each layer.
+    planes : of nested experts (method d2moe), only the base and so many planes are read and held.
     groups : False switches group-limited routing off, as the paper does, so that any experts may stay.
     """
     folder = resolve(path)
@@ -197,11 +222,15 @@ def load(
             raise UsageError(f"{given[0]} says which experts to load, but there is no pattern", "Give pattern=STORE.")
         from transformers import AutoModelForCausalLM
 
-        more = {"experts_implementation": experts_implementation} if experts_implementation else {}
+        more: dict[str, Any] = {"experts_implementation": experts_implementation} if experts_implementation else {}
+        if planes is not None:
+            more["config"] = _narrower(folder, planes, trust_remote_code=bool(options.get("trust_remote_code")))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more, **options).eval()
         if str(dtype).endswith("float32") and not getattr(model, "is_quantized", False):
             model = model.float()  # of packed checkpoints, transformers leaves what is not packed as it is stored
         return (model if device == "cpu" else model.to(device)), load_tokenizer(folder)
+    if planes is not None:
+        options["planes"] = planes
     if options:
         raise UsageError(f"load with a pattern has no option {min(options)!r}")
     from coterie.patterns.loading import load_pattern
@@ -210,6 +239,15 @@ def load(
     tokenizer = load_tokenizer(folder)
     how = {"groups": groups, "dtype": str(dtype), "device": device, "experts": experts_implementation}
     return load_pattern(folder, pattern, tokenizer, **chosen, **how), tokenizer  # type: ignore[arg-type]
+
+
+def _narrower(folder: Path, planes: int, *, trust_remote_code: bool) -> Any:
+    """The config of a checkpoint as if its nested experts had only so many planes."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config.quantization_config = with_planes(getattr(config, "quantization_config", None) or {}, planes)
+    return config
 
 
 @contextmanager

@@ -84,6 +84,14 @@ def evaluate(
     skip_layers: Annotated[
         str | None, typer.Option(help="Only these decoder layers skip, e.g. 4-30, with --skip.", show_default=False)
     ] = None,
+    planes: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Read only so many planes of checkpoints made by --method d2moe: 0 is the base alone.",
+            show_default=False,
+        ),
+    ] = None,
     tasks: Tasks = None,
     num_fewshot: NumFewshot = None,
     limit: Limit = None,
@@ -99,6 +107,8 @@ def evaluate(
         raise UsageError("no task is named", "Name some with --tasks.")
     if names and skip:
         raise UsageError("--skip is measured on text, not on tasks", "Use --data with it.")
+    if names and planes is not None:
+        raise UsageError("--planes is measured on text, not on tasks", "Use --data with it.")
     if not skip and (skip_tokens or skip_layers):
         raise UsageError("--skip-tokens and --skip-layers say how to skip", "Name a profile with --skip.")
     if not names and (streamed is not None or apply_chat_template):
@@ -143,6 +153,7 @@ def evaluate(
             skip_quantile=skip_quantile,
             skip_tokens=skip_tokens,
             skip_layers=skip_layers,
+            planes=planes,
             seed=seed,
             runtime=runtime,
             progress=bar,  # type: ignore[arg-type]

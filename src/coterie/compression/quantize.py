@@ -43,13 +43,14 @@ from coterie.compression.forecast import Forecast, forecast
 from coterie.compression.observing import profile_first
 from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.planning import check_editable, check_plan, check_profile
-from coterie.compression.quantizers import Report, Spec, quantize
+from coterie.compression.quantizers import Report, Spec
 from coterie.compression.quantizing.base import Quantizer
 from coterie.compression.records import earlier_steps, record_of, versions
 from coterie.compression.sites import Inputs, Site, sites
 from coterie.compression.sizes import Size, measure
 from coterie.errors import CheckpointError, UsageError
-from coterie.experts import packed, packing
+from coterie.experts import nested, packed, packing
+from coterie.experts.nested import NestedCodes
 from coterie.experts.packed import PLAIN
 from coterie.experts.packing import Coded
 from coterie.profiling.profile import LayerProfile, Profile
@@ -81,9 +82,9 @@ class QuantizedOutput(Output):
         return replaced(streamed, self.widths, self.linears, self.grids)
 
     def _config(self, plan: Plan, raw: dict[str, Any], version: str) -> dict[str, Any]:
-        bits, linears = header_entries(self.widths, self.linears, self.grids)
+        entries, linears = header_entries(self.widths, self.linears, self.grids)
         forms = {
-            index: Form.model_validate({**form.describe(), **({"bits": bits[index]} if index in bits else {})})
+            index: Form.model_validate({**form.describe(), **entries.get(index, {})})
             for index, form in self.forms.items()
         }
         config = with_forms(dict(raw), forms, version, linears)
@@ -124,7 +125,7 @@ def make_bit_plan(
         for index, widths in protect(made.experts, protected).items()
         if any(b != PLAIN for bits in widths.values() for b in bits)
     }
-    check_widths(streamed, experts, made.linears)
+    check_widths(streamed, experts, made.linears, method.grids)
     return BitPlan(
         model=model,
         model_digest=streamed.checkpoint.digest(),
@@ -134,7 +135,7 @@ def make_bit_plan(
         layers=[_layer_plan(streamed, index, experts.get(index), made, protected) for index in sorted(streamed.moe)],
         grids=method.grids,
         linears=made.linears,
-        expert_bits=round(mean_bits(streamed.moe, experts), 6),
+        expert_bits=round(mean_bits(streamed.moe, experts, method.grids.planes or 0), 6),
         bytes=total_bytes(streamed, experts, made.linears, method.grids),
     )
 
@@ -283,7 +284,7 @@ class _Run:
             profile.require(method.observes())
         if plan is not None:
             check_plan(plan, streamed, self.digest)
-            check_widths(streamed, plan.experts(), plan.linears)
+            check_widths(streamed, plan.experts(), plan.linears, plan.grids)
 
     def job(self) -> dict[str, Any]:
         """Everything the written bytes depend on."""
@@ -415,10 +416,11 @@ class _Run:
             if not site.experts:
                 name = site.name.removesuffix(".weight")
                 weight = streamed.model.get_parameter_or_buffer(site.name).detach()
-                coded, report = self._rounded(
+                coded, reports = self._rounded(
                     weight, plan.linears[name], stored[site.name].dtype, inputs, site, 0, site.name
                 )
-                figures.add("linears", report)
+                assert isinstance(coded, Coded)
+                figures.add("linears", reports[-1])
                 parts = {"packed": coded.packed(), "scale": coded.scale_OG, "zero": coded.zero_OG}
                 state |= {f"{name}.{part}": value for part, value in parts.items() if value is not None}
                 weight.copy_(coded.dense())
@@ -441,7 +443,7 @@ class _Run:
         moe = self.streamed.moe[index]
         upper, lower = stacked
         dtype: torch.dtype = moe.experts.down_proj.dtype  # type: ignore[assignment]
-        made: dict[str, list[Coded | Tensor]] = {p: [] for p in widths}
+        made: dict[str, list[Any]] = {p: [] for p in widths}  # Coded or NestedCodes, or what stays as it is
         for e in range(moe.bank.num_experts):
             weights = moe.bank.read(e)
             for p, field in (("gate", "gate_IH"), ("up", "up_IH"), ("down", "down_HI")):
@@ -453,13 +455,19 @@ class _Run:
                     continue
                 site = lower if p == "down" else upper
                 where = f"layer {index}, expert {e}, {p}"
-                coded, report = self._rounded(weight, widths[p][e], dtype, inputs, site, e, where)
-                figures.add("experts", report)
+                coded, reports = self._rounded(weight, widths[p][e], dtype, inputs, site, e, where)
+                figures.add("experts", reports[-1])
+                for level, report in enumerate(reports if len(reports) > 1 else ()):
+                    figures.add(f"experts_{widths[p][e] + level}_bits", report)
                 made[p].append(coded)
                 setattr(weights, field, coded.dense())
             moe.bank.write(e, weights)
         state: dict[str, Tensor] = {}
         for p, shape in shapes_of(moe).items():
+            if self.output.grids.planes is not None:
+                parts = nested.assembled(made.pop(p), dtype)
+                state |= {f"{moe.experts_name}.{part}_{p}": value for part, value in parts.items()}
+                continue
             parts = packed.assembled(made.pop(p), shape, dtype)
             scales = {"scale", "zero"} if self.output.grids.symmetric is False else {"scale"}
             for part in scales - parts.keys():  # no expert is quantized here: nothing has a scale
@@ -477,8 +485,8 @@ class _Run:
         site: Site,
         expert: int,
         where: str,
-    ) -> tuple[Coded, Report]:
-        """One matrix, rounded as the plan says."""
+    ) -> tuple[Coded | NestedCodes, list[Report]]:
+        """One matrix, rounded as the plan says, and what that costs at each width it can be read at."""
         grids, method = self.output.grids, self.method
         w_OI = weight.detach().float()
         if not bool(torch.isfinite(w_OI).all()):
@@ -495,23 +503,8 @@ class _Run:
         gram_II = None if inputs is None else inputs.gram(site, expert)
         tokens = 0 if inputs is None else inputs.tokens(site, expert)
         everything = 0 if self.data is None else sum(self.data.tokens.values())
-        options: dict[str, Any] = {}
-        if grids.quantizer == "gptq":
-            options = {
-                "damp": method.damp,
-                "compensate_inside": method.low_bit == "gptq" or bits > 3,
-                "fallback_share": method.least_share,
-                "fallback_rows": method.least_tokens,
-            }
-        return quantize(
-            w_OI,
-            spec,
-            quantizer=grids.quantizer,
-            gram_II=gram_II,
-            tokens=tokens,
-            calibration_tokens=everything,
-            **options,
-        )
+        how = method.round_expert if site.experts else method.round_linear
+        return how(w_OI, spec, grids, gram_II, tokens=tokens, calibration_tokens=everything)
 
     # -- records --------------------------------------------------------------------------------------------------
 
@@ -523,7 +516,7 @@ class _Run:
         summary = {
             "expert_bits": plan.expert_bits,
             "linear_bits": dict(plan.linears),
-            **plan.grids.model_dump(),
+            **plan.grids.model_dump(exclude_none=True),
             "bytes_planned": plan.bytes,
             "bytes": after.bytes,
             "matrices_rounded_to_nearest": few,

@@ -9,8 +9,9 @@ Registered with transformers as the experts implementation "coterie". It differs
 - index == num_experts means "no expert" everywhere: no cost, no weight.
 
 Experts of a special form say in methods of their module what is different: `project` how a matrix multiplies,
-`stand_in` which of the chosen experts run and what scales their inputs, `choose_levels` how wide each computes. It does not know what observers do with what
-they see, nor which model it runs in. A tap sees a token's input before it is scaled.
+`stand_in` which of the chosen experts run and what scales their inputs, `choose_levels` at which of its widths each
+computes. It does not know what observers do with what they see, nor which model it runs in. A tap sees a token's input
+before it is scaled.
 """
 
 # T tokens, H hidden, I expert intermediate, P = 2I with a gate (gate and up together) or I without, E experts,

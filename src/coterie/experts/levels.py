@@ -122,7 +122,8 @@ def overflow(index_TS: Tensor, level_TS: Tensor, experts: int, how: Learning) ->
     if how.of_expert:
         tokens_R = size_EK.view(experts, K).sum(1)[expert_R]
     else:
-        tokens_R = torch.full_like(rank_R, int(counts_TS.any(-1).sum()) if how.real_T is None else int(how.real_T.sum()))
+        real = len(index_TS) if how.real_T is None else int(how.real_T.sum())
+        tokens_R = torch.full_like(rank_R, real)
     share_R = torch.tensor(how.capacity, dtype=torch.float64, device=key_R.device)[level_R]
     limit_R = (share_R * tokens_R + 1e-9).floor()  # 0.3 * 10 is below 3
     over_S = torch.zeros(index_TS.numel(), dtype=torch.bool, device=index_TS.device)

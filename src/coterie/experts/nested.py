@@ -108,7 +108,7 @@ class Nested(Packed):
         """One projection under its stock name, each row at its own level, biases included: [R, I] -> [R, O]."""
         if level_R is None:
             return self._at(name, expert, x_RI, self.level)
-        found = level_R.unique().tolist()
+        found = sorted(set(level_R.tolist()))
         if len(found) == 1:
             return self._at(name, expert, x_RI, found[0])
         rows = [(level_R == level).nonzero()[:, 0] for level in found]
@@ -164,7 +164,7 @@ def convert_nested(
         module._parameters.pop(name, None)
     module.__class__ = derived(Nested, type(module))
     assert isinstance(module, Nested)
-    module.packed_bits = {p: (base,) * E for p in shapes}
+    module.packed_bits = dict.fromkeys(shapes, (base,) * E)
     module.packed_shapes = dict(shapes)
     module.packed_group, module.packed_symmetric = group, symmetric
     module.nested_planes, module.level = planes, None
@@ -200,4 +200,3 @@ def plane_of(key: str) -> int:
 def nested_modules(model: nn.Module) -> list[Nested]:
     """All modules of nested experts of a model."""
     return [module for module in model.modules() if isinstance(module, Nested)]
-

@@ -34,10 +34,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from coterie.anatomy import MoELayer, decoder_layers, is_experts_module, moe_layers
 from coterie.anatomy.architectures import model_class_of
+from coterie.anatomy.forms import with_planes
 from coterie.anatomy.uneven import checksums_of, damage, is_coterie, rebuild
 from coterie.errors import CheckpointError, CoterieError, ModelError
 from coterie.experts import forward as experts_forward
 from coterie.experts.masks import Wide
+from coterie.experts.nested import plane_of
 from coterie.experts.packed import checksum
 from coterie.streaming.checkpoint import DTYPES, Checkpoint, PackedInfo
 from coterie.streaming.config import choose_compute_dtype, one_line, read_config, stored_form
@@ -58,6 +60,8 @@ class StreamedModel:
         Experts implementation; "coterie" can be observed and computes from narrower weights.
     allow_nonfinite : bool
         Accept NaN and Inf weights.
+    planes : int
+        Of nested experts, only so many planes are there and ever read: the same as if there were no more.
 
     Attributes
     ----------
@@ -78,7 +82,10 @@ class StreamedModel:
         experts: str = experts_forward.NAME,
         allow_nonfinite: bool = False,
         trust_remote_code: bool = False,
+        planes: int | None = None,
     ) -> None:
+        if planes is not None:
+            _leave_planes(checkpoint, planes)
         transformers_logging.disable_progress_bar()
         self.checkpoint, self.device, self.experts = checkpoint, device, experts
         self.allow_nonfinite = allow_nonfinite
@@ -435,6 +442,14 @@ class StreamedModel:
             owner = owners[id(paths[path])]
             with torch.no_grad():
                 owner._init_weights(module)
+
+
+def _leave_planes(checkpoint: Checkpoint, planes: int) -> None:
+    """Forget the planes of nested experts above the first `planes`. Raises UsageError where there are not as many."""
+    header = with_planes(checkpoint.raw_config.get("quantization_config") or {}, planes)
+    checkpoint.raw_config = {**checkpoint.raw_config, "quantization_config": header}
+    checkpoint.tensors = {key: info for key, info in checkpoint.tensors.items() if plane_of(key) <= planes}
+    checkpoint.stored = checkpoint.tensors
 
 
 _EXPONENT = {

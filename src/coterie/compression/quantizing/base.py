@@ -10,10 +10,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
+from torch import Tensor
 
 from coterie.compression.bits import Allocation, Grids, Linear, Role, Widths, linears_of, shapes_of
 from coterie.compression.methods import OwnJob, Pick
+from coterie.compression.quantizers import Report, Spec, quantize
 from coterie.errors import UsageError
+from coterie.experts.nested import NestedCodes
+from coterie.experts.packing import Coded
 from coterie.profiling.profile import LayerProfile
 from coterie.streaming.model import StreamedModel
 
@@ -67,6 +71,44 @@ class Quantizer(OwnJob):
         """Raise UsageError for parameters that do not go together."""
         if self.quantizer == "hqq" and self.symmetric:
             raise UsageError("hqq looks for zero points, which a symmetric grid does not have", "Choose gptq or rtn.")
+
+    def round_linear(
+        self,
+        w_OI: Tensor,
+        spec: Spec,
+        grids: Grids,
+        gram_II: Tensor | None,
+        *,
+        tokens: int,
+        calibration_tokens: int,
+    ) -> tuple[Coded | NestedCodes, list[Report]]:
+        """Codes of one matrix, and what they cost, at each width they can be read at, the widest last.
+
+        spec : its grid. gram_II : sum of x x^T over the `tokens` inputs it received, None where nothing is known.
+        calibration_tokens : of the whole text.
+        """
+        options: dict[str, Any] = {}
+        if grids.quantizer == "gptq":
+            options = {
+                "damp": self.damp,
+                "compensate_inside": self.low_bit == "gptq" or spec.bits > 3,
+                "fallback_share": self.least_share,
+                "fallback_rows": self.least_tokens,
+            }
+        coded, told = quantize(
+            w_OI,
+            spec,
+            quantizer=grids.quantizer,
+            gram_II=gram_II,
+            tokens=tokens,
+            calibration_tokens=calibration_tokens,
+            **options,
+        )
+        return coded, [told]
+
+    def round_expert(self, *given: Any, **named: Any) -> tuple[Coded | NestedCodes, list[Report]]:
+        """The same of one matrix of an expert."""
+        return self.round_linear(*given, **named)
 
     def allocate(self, streamed: StreamedModel, layers: Mapping[int, LayerProfile]) -> Allocation:
         """Bits of every matrix. layers : the statistics of `observes`."""
