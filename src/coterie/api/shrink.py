@@ -22,6 +22,7 @@ from coterie.compression.plan import LayerPlan, Plan
 from coterie.compression.planning import make_plan, plan_method
 from coterie.compression.quantize import plan_bits, quantize_checkpoint, quantize_forecast
 from coterie.compression.quantizing.base import Quantizer
+from coterie.compression.quantizing.d2moe_router import D2MoeRouter
 from coterie.compression.recipe import ORIGINAL, Recipe, RecipeHeal
 from coterie.compression.selector import Budget, parse_layers, parse_protect
 from coterie.compression.skipping.otp import Otp
@@ -147,11 +148,24 @@ def _learn_masks_forecast(*given: Any, **named: Any) -> Forecast:
     return learn_masks_forecast(*given, **named)
 
 
+def _learn_widths(*given: Any, **named: Any) -> Result:
+    from coterie.training.widths import learn_widths
+
+    return learn_widths(*given, **named)
+
+
+def _learn_widths_forecast(*given: Any, **named: Any) -> Forecast:
+    from coterie.training.widths import learn_widths_forecast
+
+    return learn_widths_forecast(*given, **named)
+
+
 JOBS: dict[type[OwnJob], tuple[Callable[..., Result], Callable[..., Forecast]]] = {
     Sparsifier: (sparsify, sparsify_forecast),
     SlimMoE: (slim, slim_forecast),
     McSmoe: (_factorize, _factorize_forecast),
     Quantizer: (quantize_checkpoint, quantize_forecast),
+    D2MoeRouter: (_learn_widths, _learn_widths_forecast),
     Otp: (_learn_masks, _learn_masks_forecast),
 }
 

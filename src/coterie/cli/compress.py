@@ -294,6 +294,10 @@ def _show_result(result: Any, out: str, elapsed: float, report: bool) -> None:
             f"{skipping['experts_per_token']:.2f} of {skipping['picked_per_token']:g} experts run per token on this"
             f" text, {skipping['share']:.1%} of the activations; by layer {told}"
         )
+    if widths := result.record.get("widths"):
+        shares = ", ".join(f"{share:.1%} at {bits}" for bits, share in widths["shares"].items())
+        by_layer = ", ".join(f"{entry['mean_bits']:.2f}" for entry in widths["layers"])
+        say(f"experts run at {widths['mean_bits']:.3f} bits on this text ({shares}); by layer {by_layer}")
     if sparsity := result.record.get("sparsity"):
         say(f"sparsity {spoken_sparsity(sparsity)}")
         sparse = gigabytes(sparsity["bytes_if_stored_sparse"])

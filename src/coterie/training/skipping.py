@@ -1,10 +1,7 @@
 """Carry out OTP: give every MoE layer a mask router, train these alone, and write them beside the unchanged weights.
 
-The equations are in `compression.skipping.otp`, the forward pass in `experts.masks`; the training is `distil` with a
-penalty on what runs. The teacher is the checkpoint itself, with all experts, read once layer by layer before. The
-student is whole in memory, in float32 (packed experts as they are stored); nothing of it has a gradient but the mask
-routers, yet the activations of all layers are held, for a mask changes what later layers see. A killed run goes on from
-its last checkpoint.
+The equations are in `compression.skipping.otp`, the forward pass in `experts.masks`; the training is `beside` with a
+penalty on what runs. The teacher is the checkpoint itself, with all experts: a mask changes what later layers see.
 """
 
 # B batch, L sequence, T tokens, K slots per token, R experts that run
@@ -12,33 +9,26 @@ its last checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 from coterie.anatomy import moe_layers
 from coterie.anatomy.forms import empty_mask_router
-from coterie.compression.apply import Output
 from coterie.compression.compress import Result
-from coterie.compression.forecast import Forecast, forecast
-from coterie.compression.plan import LayerPlan, Plan
-from coterie.compression.records import record_of, versions
-from coterie.compression.sizes import measure, measure_written
+from coterie.compression.forecast import Forecast
 from coterie.compression.skipping.otp import Otp
-from coterie.errors import ModelError
 from coterie.experts.masks import NAME, MaskRouter, Sampling, attach, mask_router
 from coterie.streaming.lockstep import Batch, Progress
-from coterie.streaming.model import StreamedModel, all_finite
-from coterie.streaming.writer import DEFAULT_SHARD_BYTES, Workspace
+from coterie.streaming.model import StreamedModel
+from coterie.streaming.writer import DEFAULT_SHARD_BYTES
 from coterie.text import TokenData
-from coterie.training.heal import Distillation, distil
-from coterie.training.teacher import TeacherCache, vocabulary, write_cache
-from coterie.training.trainer import Kept, shown_on
+from coterie.training.beside import Equipped, Told, learn_beside, learn_beside_forecast, real_tokens, run_through
+from coterie.training.heal import Distillation
 
 TOP = 64  # of the teacher's tokens that are kept; all others are one bucket
 SAME_SUM = 1e-3  # weights of tokens whose sums differ by less, relatively, are made to sum to one number
@@ -69,97 +59,46 @@ def learn_masks(
     layer, and which share of tokens runs 1, 2, ... of them; padding left out. Raises ModelError where routers pick one
     expert or a mask router is there already, and what `distil` raises.
     """
-    method.check_model(streamed.moe)
-    bar, digest, before = progress or Progress(), streamed.checkpoint.digest(), measure(streamed)
-    job = {
-        "otp": method.model_dump(mode="json"),
-        "checkpoint": digest,
-        "data": data.digest,
-        "compute": [str(streamed.compute_dtype), torch.device(streamed.device).type, torch.get_num_threads()],
-        "shard_bytes": shard_bytes,
-        "seed": seed,
-        "versions": versions(),
-    }
-    options = Distillation(
-        steps=method.steps,
-        rate=method.rate,
-        batch_size=method.batch_size,
-        temperature=method.temperature,
-        top=TOP,
+
+    def equip(student: nn.Module) -> Equipped:
+        chosen = method
+        if chosen.renormalise is None:
+            chosen = chosen.model_copy(update={"renormalise": renormalises(student, data.batches[0])})
+        routers = with_mask_routers(student, chosen, seed)
+
+        def told() -> Told:
+            for router in routers.values():
+                router.sampling = router.mass_T = None
+            ran = experts_run(student, data.batches)
+            active = {entry["layer"]: entry["experts_per_token"] for entry in ran["layers"]}
+            return Told(ran, {index: {"experts_per_token": mean} for index, mean in active.items()}, active)
+
+        return Equipped(chosen, Penalty(routers, chosen), [Cooling(routers, chosen)], told)
+
+    return learn_beside(
+        streamed,
+        out,
+        model=model,
+        method=method,
+        name=name,
+        data=data,
+        options=Distillation(
+            steps=method.steps,
+            rate=method.rate,
+            batch_size=method.batch_size,
+            temperature=method.temperature,
+            top=TOP,
+        ),
+        child=NAME,
+        section="skipping",
+        phase="mask routers",
+        equip=equip,
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+        memory=memory,
+        progress=progress,
+        seed=seed,
     )
-    with Workspace(out, job, overwrite=overwrite) as work:
-        place = work.folder / "teacher"
-        if not (place / "cache.json").exists():
-            try:
-                k = min(TOP, vocabulary(streamed))
-                write_cache(streamed, data, place, k=k, temperature=method.temperature, memory=memory, progress=bar)
-            finally:
-                if place.exists() or place.with_name(f"{place.name}.partial").exists():
-                    work.record({"teacher": "read, or partly"})  # an interrupted run keeps it
-        torch.manual_seed(seed)
-        student = AutoModelForCausalLM.from_pretrained(streamed.checkpoint.folder, dtype=torch.float32).eval()
-        if method.renormalise is None:
-            method = method.model_copy(update={"renormalise": renormalises(student, data.batches[0])})
-        routers = with_mask_routers(student, method, seed)
-        done = distil(
-            student,
-            data,
-            TeacherCache(place),
-            options,
-            folder=work.folder / "training",
-            callbacks=[Cooling(routers, method), Kept(work)],
-            penalty=Penalty(routers, method),
-            device=streamed.device,
-            seed=seed,
-            phase="mask routers",
-            on_log=shown_on(bar),
-        )
-        bar.done()
-        for router in routers.values():
-            router.sampling = router.mass_T = None
-        trained = learned_tensors(student)
-        told = experts_run(student, data.batches)
-        del student
-        plan = Plan(
-            model=model,
-            model_digest=digest,
-            method=name,
-            parameters=method.model_dump(mode="json"),
-            data_digest=data.digest,
-            layers=[
-                LayerPlan(index=i, name=layer.name, experts=layer.num_experts, keep=list(range(layer.num_experts)))
-                for i, layer in streamed.moe.items()
-            ],
-        )
-        counts = {index: layer.num_experts for index, layer in streamed.moe.items()}
-        output = Output(streamed, work.folder, counts, method, shard_bytes)
-        active = {entry["layer"]: entry["experts_per_token"] for entry in told["layers"]}
-        after = measure_written(streamed, output.specs, output.fresh_of, counts, active)
-        try:
-            for index, fresh in output.fresh.items():
-                output.write({name: trained[name] for name in fresh if name.startswith(streamed.moe[index].name)})
-            output.copy_rest(output.through)
-            output.writer.sync()
-            record = record_of(
-                plan,
-                streamed,
-                data=data,
-                seed=seed,
-                before=before,
-                after=after,
-                figures={entry["layer"]: {"experts_per_token": entry["experts_per_token"]} for entry in told["layers"]},
-                notes=method.notes(),
-                sweeps=1,
-                forms=True,
-                skipping=told,
-                training={**asdict(options), "seconds": round(done.seconds, 3)},
-            )
-            names = output.finish(plan, record)
-        finally:
-            output.writer.close()
-        read, written = streamed.checkpoint.bytes_read, output.writer.bytes_written
-        work.publish(names)
-    return Result(work.out, plan, before, after, 1, read, written, work.resumed, record, warnings=method.notes())
 
 
 def learn_masks_forecast(
@@ -174,10 +113,7 @@ def learn_masks_forecast(
     memory: int,
 ) -> Forecast:
     """What `learn_masks` with the same arguments will need, activations aside; checks the model as it does."""
-    method.check_model(streamed.moe)
-    size = measure(streamed)
-    ahead = forecast(streamed, size, 1.0, out, data, memory, 1)
-    return replace(ahead, memory_bytes=ahead.memory_bytes + max(4 * size.parameters, size.bytes))
+    return learn_beside_forecast(out, streamed=streamed, method=method, data=data, memory=memory)
 
 
 # -- the model in memory ----------------------------------------------------------------------------------------------
@@ -202,14 +138,14 @@ def renormalises(model: nn.Module, batch: Batch) -> bool:
     Read off what they put out, so that no family has to be known.
     """
     sums: dict[int, list[Tensor]] = {layer.index: [] for layer in moe_layers(model)}
-    real_T = _real(batch).flatten()
+    real_T = real_tokens(batch).flatten()
 
     def look(index: int) -> Callable[[nn.Module, Any], None]:
         return lambda module, args: sums[index].append(args[2].float().sum(-1).cpu()[real_T])
 
     handles = [layer.experts.register_forward_pre_hook(look(layer.index)) for layer in moe_layers(model)]
     try:
-        _forward(model, batch)
+        run_through(model, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -247,15 +183,6 @@ class Penalty:
         return self.method.hold * (share - self.method.ratio).square()
 
 
-def learned_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of all mask routers, by name. Raises ModelError if one is no number."""
-    found = {n: p.detach().cpu() for n, p in model.named_parameters() if f".{NAME}." in n}
-    for name, tensor in found.items():
-        if not all_finite(tensor):
-            raise ModelError(f"{name} is no number after training", "Lower the rate.")
-    return found
-
-
 @torch.no_grad()
 def experts_run(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
     """How many experts per token a model with mask routers runs on a text, padding left out.
@@ -267,7 +194,7 @@ def experts_run(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
     routers = {index: router for index, layer in layers.items() if (router := mask_router(layer.experts)) is not None}
     count_R = {index: torch.zeros(router.slots + 1, dtype=torch.int64) for index, router in routers.items()}
     for batch in batches:
-        real_T = _real(batch).flatten()
+        real_T = real_tokens(batch).flatten()
 
         def count(slots_TK: Tensor, kept_TK: Tensor, count_R: Tensor, real_T: Tensor = real_T) -> None:
             count_R += torch.bincount(kept_TK.sum(-1).cpu()[real_T], minlength=len(count_R))
@@ -275,7 +202,7 @@ def experts_run(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
         for index, router in routers.items():
             router.watch = partial(count, count_R=count_R[index])
         try:
-            _forward(model, batch)
+            run_through(model, batch)
         finally:
             for router in routers.values():
                 router.watch = None
@@ -292,17 +219,3 @@ def experts_run(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
         "picked_per_token": picked / len(told),
         "layers": told,
     }
-
-
-def _forward(model: nn.Module, batch: Batch) -> None:
-    device = next(model.parameters()).device
-    model(
-        input_ids=batch.ids_BL.to(device),
-        attention_mask=_real(batch).long().to(device),
-        use_cache=False,
-        logits_to_keep=1,
-    )
-
-
-def _real(batch: Batch) -> Tensor:
-    return batch.mask_BL if batch.mask_BL is not None else torch.ones_like(batch.ids_BL, dtype=torch.bool)
