@@ -68,11 +68,27 @@ class Scale(NamedTuple):
 class Levels(NamedTuple):
     """At which of its widths each chosen expert computes a token.
 
-    level_TK : of every slot. factor_TK : what outputs are multiplied with, None for nothing.
+    level_TK : of every slot. While levels are learned, outputs are multiplied with factor_TK, all ones, or the outputs
+    at all N levels are added times slope_TKN, all zeros: they change no value and carry gradients.
     """
 
     level_TK: Tensor
     factor_TK: Tensor | None = None
+    slope_TKN: Tensor | None = None
+
+    def learned(self, module: nn.Module, expert: int, row_R: Tensor, x_RH: Tensor, y_RH: Tensor) -> Tensor:
+        """The outputs y of some rows, with the gradients that choices learn from."""
+        if self.factor_TK is not None:
+            y_RH = y_RH * self.factor_TK.reshape(-1, 1)[row_R].to(y_RH.dtype)
+        if self.slope_TKN is not None:
+            slope_RN = self.slope_TKN.flatten(0, -2)[row_R].to(y_RH.dtype)
+            for level in range(slope_RN.shape[-1]):
+                with torch.no_grad():
+                    level_R = torch.full_like(row_R, level)
+                    inner_RI = inner_activation(module, expert, x_RH, None, level_R)
+                    other_RH = output_projection(module, expert, inner_RI, level_R)
+                y_RH = y_RH + slope_RN[:, level, None] * other_RH
+        return y_RH
 
 
 _scratch: dict[tuple[Any, ...], Tensor] = {}
@@ -220,8 +236,8 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         if inner is not None:
             inner(expert, row_R, inner_RI)
         y_RH = output_projection(self, expert, inner_RI, level_R)
-        if levels is not None and levels.factor_TK is not None:
-            y_RH = y_RH * levels.factor_TK.reshape(-1, 1)[row_R].to(y_RH.dtype)
+        if levels is not None:
+            y_RH = levels.learned(self, expert, row_R, x_RH, y_RH)
         if watched:
             assert tap is not None
             tap.expert(expert, row_R, x_RH, y_RH)

@@ -4,8 +4,11 @@ The model's router picks experts as before. For every expert e that a token x go
 among b_1 < ... < b_K, the levels of a nested expert:
 
     p(x) = softmax(R_e x + c_e),    using: level k* = argmax p,    y = E^(k*)(x)
-    training: y = E^(k*)(x) p_k* / stopgrad(p_k*), and in a forward pass over T tokens at most floor(c_k T) of an
-    expert's tokens run at level k; the others, drawn at random, do not run it
+    training: y has that value and one of two gradients,
+        mixture   E^(k*)(x) + sum_k (p_k - stopgrad(p_k)) E^(k)(x)      what another width would have put out
+        chosen    E^(k*)(x) p_k* / stopgrad(p_k*)                       whether what this width put out was of use
+    and in a forward pass over T tokens at most floor(c_k T) of an expert's tokens run at level k; the others, drawn at
+    random, do not run it
 
 so that only R and c learn. All experts of a layer have one matrix R [E K, H]; its row e K + k is option k of expert e.
 It is a child of the experts module, `bit_router`, float32 whatever the model around it is cast to: a choice must not
@@ -21,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +33,18 @@ from coterie.experts.forward import Levels
 from coterie.experts.masks import Wide
 
 NAME = "bit_router"
+Gradient = Literal["mixture", "chosen"]
 
 
 @dataclass
 class Learning:
     """How levels are chosen while routers learn.
 
-    capacity : c_k, or None: no limit. of_expert : T counts an expert's own tokens. real_T : which tokens of the batch
+    gradient : see above. capacity : c_k, or None: no limit. of_expert : T counts an expert's own tokens. real_T : which tokens of the batch
     are no padding; set before every forward pass, None: all are.
     """
 
+    gradient: Gradient = "mixture"
     capacity: Sequence[float] | None = None
     of_expert: bool = False
     real_T: Tensor | None = None
@@ -96,10 +102,12 @@ class BitRouter(Wide):
         bits_TS = (p_TSK @ p_TSK.new_tensor(self.bits)) * real_TS
         self.bits_T = bits_TS.sum(-1) / real_TS.sum(-1).clamp(min=1)
         self.level_TS = level_TS.masked_fill(~real_TS, -1)
-        p_TS = p_TSK.gather(-1, level_TS[..., None])[..., 0]
         if self.learning.capacity is not None:
             over_TS = overflow(index_TS, level_TS, E, self.learning)
             index_TS = index_TS.masked_fill(over_TS, E)
+        if self.learning.gradient == "mixture":
+            return index_TS, Levels(level_TS, None, p_TSK - p_TSK.detach())
+        p_TS = p_TSK.gather(-1, level_TS[..., None])[..., 0]
         return index_TS, Levels(level_TS, p_TS / p_TS.detach())
 
 

@@ -236,7 +236,7 @@ class PackedLinear:
         """Its matrix as the only expert of a stack."""
         shape = (self.out_features, self.in_features)  # type: ignore[attr-defined]
         zero = getattr(self, "zero", None)
-        none = self.scale.newempty(0, *shape)  # type: ignore[attr-defined]
+        none = self.scale.new_empty(0, *shape)  # type: ignore[attr-defined]
         scale_1OG = self.scale[None]  # type: ignore[attr-defined]
         words = self.packed.view(-1)  # type: ignore[attr-defined]
         return Stack(

@@ -130,7 +130,7 @@ def with_bit_routers(model: nn.Module, method: D2MoeRouter) -> dict[int, BitRout
         assert grid is not None
         router = empty_bit_router(layer, grid.base, grid.planes + 1)
         router.reset(method.top_start)
-        router.learning = Learning(method.capacities(grid.planes + 1), of_expert=method.of_expert)
+        router.learning = Learning(method.gradient, method.capacities(grid.planes + 1), of_expert=method.of_expert)
         attach(layer.experts, router)
         routers[layer.index] = router
     return routers

@@ -11,8 +11,10 @@ with p^l averaged over a token's experts and all means over real tokens. In trai
 floor(c_k T) take width k; the others, drawn at random, do without that expert. The teacher is the 16-bit model; only
 R learns, on the planes that are served. The forward pass is in `experts.levels`, the training in `training.widths`.
 
-The paper says neither how gradients reach R nor what alpha is: here y is multiplied with p_k* / stopgrad(p_k*), mean
-bits are those of k*, with the gradient of p. CE is over the teacher's `top` tokens and one bucket for all others.
+The paper says neither how gradients reach R nor what alpha is. Of two ways that keep the value of y, `gradient`, the
+default is a mixture of all widths, for y p_k* / stopgrad(p_k*) can only tell whether an expert is of use, not whether
+another width would be better. Mean bits are those of k*, with the gradient of p. CE is over the teacher's `top` tokens
+and one bucket for all others.
 """
 
 # K widths
@@ -29,7 +31,7 @@ from coterie.anatomy import MoELayer
 from coterie.anatomy.forms import NestedBits, empty_bit_router, form_of
 from coterie.compression.methods import OwnJob, method
 from coterie.errors import ModelError, UsageError
-from coterie.experts.levels import NAME
+from coterie.experts.levels import NAME, Gradient
 
 V1 = (0.3, 0.4, 0.3)  # capacities of the paper for three widths; for others it has equal ones
 
@@ -47,6 +49,10 @@ class D2MoeRouter(OwnJob):
     )
     alpha: float = Field(0.02, ge=0, description="Weight of the expected bits, without mean_bits.")
     hold: float = Field(0.5, gt=0, description="Mu: weight of the squared distance to mean_bits.")
+    gradient: Gradient = Field(
+        "mixture",
+        description="What routers learn from: mixture, outputs at all widths; chosen, those at the chosen one alone.",
+    )
     capacity: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(
         None,
         description="c_k, one for each width, summing to one; by default 0.3, 0.4, 0.3 for three, equal for others.",
