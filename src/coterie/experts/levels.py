@@ -40,8 +40,8 @@ Gradient = Literal["mixture", "chosen"]
 class Learning:
     """How levels are chosen while routers learn.
 
-    gradient : see above. capacity : c_k, or None: no limit. of_expert : T counts an expert's own tokens. real_T : which tokens of the batch
-    are no padding; set before every forward pass, None: all are.
+    gradient : see above. capacity : c_k, or None: no limit. of_expert : T counts an expert's own tokens. real_T : which
+    tokens of the batch are no padding; set before every forward pass, None: all are.
     """
 
     gradient: Gradient = "mixture"
