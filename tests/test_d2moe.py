@@ -274,12 +274,10 @@ def test_nested_experts_are_described_as_they_are(made):
     assert forms == [{"nested": {"group": 16, "symmetric": False, "base": 2, "planes": 1}}] * len(forms)
 
 
-@pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
-def test_a_killed_run_ends_with_the_same_bytes(quantizer, made, ids, tmp_path):
+def test_a_killed_run_ends_with_the_same_bytes(made, ids, tmp_path):
     source, _ = made("qwen3-moe")
-    text = ("--tokens", ids) if quantizer == "gptq" else ()
-    given = ("--method", "d2moe", *text, "--set", "group_size=16", "--set", f"quantizer={quantizer}")
-    given = (*given, "--set", "search=false", "--no-report")
+    given = ("--method", "d2moe", "--tokens", ids, "--set", "group_size=16", "--set", "search=false")
+    given = (*given, "--set", "planes=1", "--set", "compensate=paper", "--no-report")
     assert ended(("compress", source, tmp_path / "whole", *given), -1) == 0
     whole = fingerprint(tmp_path / "whole")
     assert ended(("compress", source, tmp_path / "out", *given), 2) == KILLED
@@ -443,7 +441,7 @@ def test_without_a_price_and_at_full_width_the_loss_is_the_cross_entropy_of_the_
     loss = distillation_loss(student, tokens(), teacher, k=teacher.shape[-1]) + penalty
     p, log_q = teacher[:, :-1].softmax(-1), plain[:, :-1].log_softmax(-1)
     entropy = -(p * p.log()).sum(-1).mean()
-    assert float(loss + entropy) == pytest.approx(float(-(p * log_q).sum(-1).mean()), abs=1e-5)
+    assert (loss + entropy).item() == pytest.approx(float(-(p * log_q).sum(-1).mean()), abs=1e-5)
 
 
 @pytest.mark.parametrize("family", FEW)
@@ -541,11 +539,9 @@ def test_a_higher_price_means_fewer_bits(made, ids, tmp_path):
 
 
 def test_a_mean_that_is_asked_for_is_met(made, ids, tmp_path):
-    for target in (2.5, 3.5):
-        out = tmp_path / str(target)
-        told = trained(made, ids, out, "qwen3-moe", mean_bits=target, steps=30, hold=3.0).record["widths"]
-        assert told["mean_bits"] == pytest.approx(target, abs=0.25)
-        assert all(entry["spread"] > 0 for entry in told["layers"])  # it differs from token to token
+    told = trained(made, ids, tmp_path / "out", "qwen3-moe", mean_bits=3.5, steps=30, hold=3.0).record["widths"]
+    assert told["mean_bits"] == pytest.approx(3.5, abs=0.25)
+    assert all(entry["spread"] > 0 for entry in told["layers"])  # it differs from token to token
 
 
 def test_a_killed_training_ends_with_the_same_bytes(made, ids, tmp_path):
