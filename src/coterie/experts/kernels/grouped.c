@@ -39,6 +39,7 @@ enum { PLAIN = 16 };
 enum {
     BLOCK = 64,         /* columns that are unpacked together */
     CHUNK = 16,         /* blocks of a tile: 1024 columns */
+    AHEAD = 4096,         /* bytes of weights that are asked for before they are needed: streams end at pages */
     TILE_OUTPUTS = 40,    /* outputs of a task; with CHUNK a tile of 160 KB, which fits the second cache */
     WIDTH = WIDE ? 5 : 4, /* outputs of the register tile: 5 x 5 sums leave just enough of 32 registers */
     ROWS = WIDE ? 5 : 2   /* rows of the register tile, at most */
@@ -55,6 +56,7 @@ typedef struct {
     const int64_t *bits, *start, *rank;
     int64_t outputs, inputs, group;
     const uint32_t *words;
+    int64_t total_words;
     const void *scale, *zero; /* zero is NULL on a symmetric grid */
     int64_t scale_kind;
     const void *plain;
@@ -101,18 +103,23 @@ static void widen(const void *from, int64_t kind, int64_t first, int64_t count, 
     else widen_as(from, FLOAT16, first, count, to);
 }
 
-/* Scales and zeros of one output, in float32. */
-static void grid(const Matrix *m, int64_t output, float *scale, float *zero) {
+/* What a thread has for a task: a tile of weights, and the scales and zeros of the task's outputs [outputs, groups]. */
+typedef struct {
+    float *tile, *scale, *zero;
+    char *row; /* a copy of the last output's codes, behind which there is something to read */
+} Scratch;
+
+/* Scales and zeros of some outputs, in float32. */
+static void grids(const Matrix *m, int64_t from, int64_t to, const Scratch *mine) {
     const Job *job = m->job;
-    int64_t first = (m->rank * job->outputs + output) * m->groups;
-    widen(job->scale, job->scale_kind, first, m->groups, scale);
-    if (job->zero) widen(job->zero, job->scale_kind, first, m->groups, zero);
+    if (m->bits == PLAIN) return;
+    int64_t first = (m->rank * job->outputs + from) * m->groups, count = (to - from) * m->groups;
+    widen(job->scale, job->scale_kind, first, count, mine->scale);
+    if (job->zero) widen(job->zero, job->scale_kind, first, count, mine->zero);
     else {
         float middle = m->bits == 1 ? 0.5f : (float)(1 << (m->bits - 1));
-        for (int64_t g = 0; g < m->groups; g++) zero[g] = middle;
+        for (int64_t i = 0; i < count; i++) mine->zero[i] = middle;
     }
-    /* the second half of a last block may lie beyond the last group; x is 0 there */
-    scale[m->groups] = zero[m->groups] = 0;
 }
 
 #if WIDE
@@ -131,21 +138,25 @@ static int mode_of(const Matrix *m) {
 
 /* What stays the same over the blocks of one output. */
 typedef struct {
-    const char *codes;  /* the output's first byte */
-    int64_t bytes, blocks, next, at, per_group, left;
-    __mmask64 full, tail;
+    const char *codes; /* the output's first byte */
+    int64_t bytes, blocks, ahead, next, at, per_group, left, last_group;
+    __mmask64 all;
     __m512i spread, shift, low, second, lane[4];
     __m512 table, iota;
     const float *scale, *zero;
     const int32_t *lane_group;
 } Reader;
 
-INLINE void reader_of(Reader *s, const Matrix *m, const int mode) {
+INLINE Reader reader_of(const Matrix *m, const int mode, int64_t ahead) {
+    Reader s = {0};
     int64_t bits = m->bits;
-    s->blocks = m->blocks;
-    s->left = m->job->inputs - (m->blocks - 1) * BLOCK; /* columns of the last block */
-    s->lane_group = m->lane_group;
-    if (mode >= PLAIN32) return;
+    s.blocks = m->blocks;
+    s.ahead = ahead;
+    s.bytes = BLOCK * bits / (mode == PLAIN32 ? 4 : 8);
+    s.left = m->job->inputs - (m->blocks - 1) * BLOCK; /* columns of the last block */
+    s.lane_group = m->lane_group;
+    s.last_group = m->groups - 1;
+    if (mode >= PLAIN32) return s;
     uint8_t spread[64], shift[64], second[64], lane[4][64];
     float iota[16];
     for (int i = 0; i < 64; i++) {
@@ -155,29 +166,40 @@ INLINE void reader_of(Reader *s, const Matrix *m, const int mode) {
         for (int k = 0; k < 4; k++) lane[k][i] = (uint8_t)(i / 4 * 4 + k);
     }
     for (int i = 0; i < 16; i++) iota[i] = (float)(i & ((1 << bits) - 1)); /* bits above a code do not matter */
-    s->spread = _mm512_loadu_si512(spread);
-    s->shift = _mm512_loadu_si512(shift);
-    s->second = _mm512_loadu_si512(second);
-    for (int k = 0; k < 4; k++) s->lane[k] = _mm512_loadu_si512(lane[k]);
-    s->low = _mm512_set1_epi8(mode == LOOKUP_HALVES ? 15 : (char)((1 << bits) - 1));
-    s->iota = _mm512_loadu_ps(iota);
-    s->bytes = BLOCK / 8 * bits;
-    s->full = s->bytes == 64 ? ~0ull : (1ull << s->bytes) - 1;
-    int64_t rest = 4 * m->row_words - (m->blocks - 1) * s->bytes;
-    s->tail = rest >= 64 ? s->full : s->full & ((1ull << rest) - 1);
-    s->per_group = m->groups == 1 ? m->blocks : m->job->group / BLOCK;
+    s.spread = _mm512_loadu_si512(spread);
+    s.shift = _mm512_loadu_si512(shift);
+    s.second = _mm512_loadu_si512(second);
+    for (int k = 0; k < 4; k++) s.lane[k] = _mm512_loadu_si512(lane[k]);
+    s.low = _mm512_set1_epi8(mode == LOOKUP_HALVES ? 15 : (char)((1 << bits) - 1));
+    s.iota = _mm512_loadu_ps(iota);
+    s.all = s.bytes == 64 ? ~0ull : (1ull << s.bytes) - 1;
+    s.per_group = m->groups == 1 ? m->blocks : m->job->group / BLOCK;
+    return s;
 }
 
-INLINE void reader_at(Reader *s, const Matrix *m, const int mode, int64_t output, int64_t block, float *scale,
-                      float *zero) {
+/* Go to an output, the i-th of its task, and a block. */
+INLINE void reader_at(Reader *s, const Matrix *m, const int mode, int64_t output, int64_t i, int64_t block,
+                      const Scratch *mine) {
+    const Job *job = m->job;
     if (mode >= PLAIN32) {
         int64_t size = mode == PLAIN32 ? 4 : 2;
-        s->codes = (const char *)m->job->plain + (m->rank * m->job->outputs + output) * m->job->inputs * size;
+        s->codes = (const char *)job->plain + (m->rank * job->outputs + output) * job->inputs * size;
         return;
     }
-    s->codes = (const char *)(m->words + output * m->row_words);
-    s->scale = scale;
-    s->zero = zero;
+    const uint32_t *words = m->words + output * m->row_words;
+    s->codes = (const char *)words;
+    if (s->codes + s->blocks * s->bytes > (const char *)(job->words + job->total_words)) {
+        memcpy(mine->row, words, 4 * m->row_words); /* whole blocks are read, also where the last words of all lie */
+        s->codes = mine->row;
+    }
+    s->scale = mine->scale + i * m->groups;
+    s->zero = mine->zero + i * m->groups;
+    int64_t size = job->scale_kind == FLOAT32 ? 4 : 2; /* the grid of the same output of the next task */
+    int64_t later = (m->rank * job->outputs + output + TILE_OUTPUTS) * m->groups * size, end = later + m->groups * size;
+    for (; later < end; later += 64) {
+        _mm_prefetch((const char *)job->scale + later, _MM_HINT_T1);
+        if (job->zero) _mm_prefetch((const char *)job->zero + later, _MM_HINT_T1);
+    }
     s->next = block; /* the first block has to make its table */
     s->at = mode == LOOKUP_WHOLE || mode == CONVERT_WHOLE ? block / s->per_group - 1 : 0;
 }
@@ -185,6 +207,9 @@ INLINE void reader_at(Reader *s, const Matrix *m, const int mode, int64_t output
 /* The 64 weights of block j. */
 INLINE void weights(Reader *s, const int mode, int64_t j, __m512 w[4]) {
     if (mode >= PLAIN32) {
+        const char *later = s->codes + j * s->bytes + s->ahead;
+        _mm_prefetch(later, _MM_HINT_T0), _mm_prefetch(later + 64, _MM_HINT_T0);
+        if (mode == PLAIN32) _mm_prefetch(later + 128, _MM_HINT_T0), _mm_prefetch(later + 192, _MM_HINT_T0);
         for (int k = 0; k < 4; k++) {
             int64_t left = s->left - 16 * k;
             __mmask16 there = j + 1 < s->blocks || left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
@@ -198,8 +223,8 @@ INLINE void weights(Reader *s, const int mode, int64_t j, __m512 w[4]) {
         }
         return;
     }
-    __mmask64 there = j + 1 < s->blocks ? s->full : s->tail;
-    __m512i q = _mm512_maskz_loadu_epi8(there, s->codes + j * s->bytes);
+    _mm_prefetch(s->codes + j * s->bytes + s->ahead, _MM_HINT_T0);
+    __m512i q = _mm512_maskz_loadu_epi8(s->all, s->codes + j * s->bytes);
     q = _mm512_multishift_epi64_epi8(s->shift, _mm512_permutexvar_epi8(s->spread, q));
     if (mode == LOOKUP_WHOLE) {
         if (j == s->next) {
@@ -214,9 +239,9 @@ INLINE void weights(Reader *s, const int mode, int64_t j, __m512 w[4]) {
         return;
     }
     if (mode == LOOKUP_HALVES) { /* bit 4 of an index chooses between the tables of both halves */
-        const float *scale = s->scale + 2 * j, *zero = s->zero + 2 * j;
-        __m512 low = _mm512_mul_ps(_mm512_sub_ps(s->iota, _mm512_set1_ps(zero[0])), _mm512_set1_ps(scale[0]));
-        __m512 high = _mm512_mul_ps(_mm512_sub_ps(s->iota, _mm512_set1_ps(zero[1])), _mm512_set1_ps(scale[1]));
+        int64_t a = 2 * j, b = a < s->last_group ? a + 1 : a;
+        __m512 low = _mm512_mul_ps(_mm512_sub_ps(s->iota, _mm512_set1_ps(s->zero[a])), _mm512_set1_ps(s->scale[a]));
+        __m512 high = _mm512_mul_ps(_mm512_sub_ps(s->iota, _mm512_set1_ps(s->zero[b])), _mm512_set1_ps(s->scale[b]));
         q = _mm512_ternarylogic_epi64(q, s->low, s->second, 0xea); /* (q & low) | second */
         w[0] = _mm512_permutex2var_ps(low, q, high);
         w[1] = _mm512_permutex2var_ps(low, _mm512_srli_epi32(q, 8), high);
@@ -230,8 +255,9 @@ INLINE void weights(Reader *s, const int mode, int64_t j, __m512 w[4]) {
         if (j == s->next) s->next = (++s->at + 1) * s->per_group;
         scale = _mm512_set1_ps(s->scale[s->at]), zero = _mm512_set1_ps(s->zero[s->at]);
     } else if (mode == CONVERT_HALVES) {
-        scale = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(s->scale[2 * j]), _mm512_set1_ps(s->scale[2 * j + 1]));
-        zero = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(s->zero[2 * j]), _mm512_set1_ps(s->zero[2 * j + 1]));
+        int64_t a = 2 * j, b = a < s->last_group ? a + 1 : a;
+        scale = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(s->scale[a]), _mm512_set1_ps(s->scale[b]));
+        zero = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(s->zero[a]), _mm512_set1_ps(s->zero[b]));
     }
     for (int k = 0; k < 4; k++) {
         if (mode == CONVERT_ANY) {
@@ -244,23 +270,21 @@ INLINE void weights(Reader *s, const int mode, int64_t j, __m512 w[4]) {
 }
 
 /* Few rows: weights meet them in registers. */
-INLINE void few_rows(const Matrix *m, const int mode, const int rows, int64_t from, int64_t to, float *scale,
-                     float *zero) {
+INLINE void few_rows(const Matrix *m, const int mode, const int rows, int64_t from, int64_t to, const Scratch *mine) {
     const Job *job = m->job;
-    int64_t stride = m->blocks * BLOCK;
-    Reader s;
-    reader_of(&s, m, mode);
+    const int64_t blocks = m->blocks, stride = blocks * BLOCK;
+    const float *x = m->x;
+    Reader s = reader_of(m, mode, AHEAD);
     for (int64_t o = from; o < to; o++) {
-        if (mode < PLAIN32) grid(m, o, scale, zero);
-        reader_at(&s, m, mode, o, 0, scale, zero);
+        reader_at(&s, m, mode, o, o - from, 0, mine);
         __m512 sum[4][4], w[4];
         for (int r = 0; r < rows; r++)
             for (int k = 0; k < 4; k++) sum[r][k] = _mm512_setzero_ps();
-        for (int64_t j = 0; j < m->blocks; j++) {
+        for (int64_t j = 0; j < blocks; j++) {
             weights(&s, mode, j, w);
             for (int k = 0; k < 4; k++)
                 for (int r = 0; r < rows; r++)
-                    sum[r][k] = _mm512_fmadd_ps(w[k], _mm512_load_ps(m->x + r * stride + j * BLOCK + 16 * k), sum[r][k]);
+                    sum[r][k] = _mm512_fmadd_ps(w[k], _mm512_load_ps(x + r * stride + j * BLOCK + 16 * k), sum[r][k]);
         }
         for (int r = 0; r < rows; r++)
             job->y[(m->first + r) * job->y_row + o * job->y_column] = _mm512_reduce_add_ps(
@@ -269,13 +293,13 @@ INLINE void few_rows(const Matrix *m, const int mode, const int rows, int64_t fr
 }
 
 /* Blocks j0 to j1 of some outputs, unpacked: tile [outputs, (j1 - j0) * BLOCK]. */
-INLINE void fill_tile(const Matrix *m, const int mode, int64_t from, int64_t to, int64_t j0, int64_t j1, float *tile,
-                      float *scale, float *zero) {
-    Reader s;
-    reader_of(&s, m, mode);
+INLINE void fill_tile(const Matrix *m, const int mode, int64_t from, int64_t to, int64_t j0, int64_t j1,
+                      const Scratch *mine) {
+    const Job *job = m->job;
+    Reader s = reader_of(m, mode, 4 * (job->inputs * m->bits / (mode == PLAIN32 ? 4 : 8))); /* four outputs on */
+    float *tile = mine->tile;
     for (int64_t o = from; o < to; o++) {
-        if (mode < PLAIN32) grid(m, o, scale, zero);
-        reader_at(&s, m, mode, o, j0, scale, zero);
+        reader_at(&s, m, mode, o, o - from, j0, mine);
         for (int64_t j = j0; j < j1; j++, tile += BLOCK) {
             __m512 w[4];
             weights(&s, mode, j, w);
@@ -325,20 +349,19 @@ INLINE void product(const int rows, const float *x, int64_t x_stride, const floa
     case PLAINB16: CALL(PLAINB16); break; \
     }
 
-static void unpacked(const Matrix *m, int64_t from, int64_t to, int64_t j0, int64_t j1, float *tile, float *scale,
-                     float *zero) {
-#define CALL(MODE) fill_tile(m, MODE, from, to, j0, j1, tile, scale, zero)
+static void unpacked(const Matrix *m, int64_t from, int64_t to, int64_t j0, int64_t j1, const Scratch *mine) {
+#define CALL(MODE) fill_tile(m, MODE, from, to, j0, j1, mine)
     EACH_MODE(CALL)
 #undef CALL
 }
 
-static int in_registers(const Matrix *m, int64_t from, int64_t to, float *scale, float *zero) {
+static int in_registers(const Matrix *m, int64_t from, int64_t to, const Scratch *mine) {
 #define CALL(MODE) \
     switch (m->rows) { \
-    case 1: few_rows(m, MODE, 1, from, to, scale, zero); break; \
-    case 2: few_rows(m, MODE, 2, from, to, scale, zero); break; \
-    case 3: few_rows(m, MODE, 3, from, to, scale, zero); break; \
-    case 4: few_rows(m, MODE, 4, from, to, scale, zero); break; \
+    case 1: few_rows(m, MODE, 1, from, to, mine); break; \
+    case 2: few_rows(m, MODE, 2, from, to, mine); break; \
+    case 3: few_rows(m, MODE, 3, from, to, mine); break; \
+    case 4: few_rows(m, MODE, 4, from, to, mine); break; \
     }
     if (m->rows > 4) return 0;
     EACH_MODE(CALL)
@@ -379,9 +402,9 @@ INLINE void fields(const uint32_t *words, const int64_t bits, int64_t count, flo
     codes(words, bits, count - i, to + i);
 }
 
-static void unpacked(const Matrix *m, int64_t from, int64_t to, int64_t j0, int64_t j1, float *tile, float *scale,
-                     float *zero) {
+static void unpacked(const Matrix *m, int64_t from, int64_t to, int64_t j0, int64_t j1, const Scratch *mine) {
     const Job *job = m->job;
+    float *tile = mine->tile;
     int64_t first = j0 * BLOCK, width = (j1 - j0) * BLOCK, count = job->inputs - first;
     if (count > width) count = width;
     for (int64_t o = from; o < to; o++, tile += width) {
@@ -401,7 +424,7 @@ static void unpacked(const Matrix *m, int64_t from, int64_t to, int64_t j0, int6
         case 7: fields(words, 7, count, tile); break;
         case 8: fields(words, 8, count, tile); break;
         }
-        grid(m, o, scale, zero);
+        const float *scale = mine->scale + (o - from) * m->groups, *zero = mine->zero + (o - from) * m->groups;
         for (int64_t i = 0, g = first / job->group; i < count; g++) {
             int64_t end = (g + 1) * job->group - first;
             if (end > count) end = count;
@@ -426,8 +449,8 @@ INLINE void product(const int rows, const float *x, int64_t x_stride, const floa
         }
 }
 
-static int in_registers(const Matrix *m, int64_t from, int64_t to, float *scale, float *zero) {
-    (void)m, (void)from, (void)to, (void)scale, (void)zero;
+static int in_registers(const Matrix *m, int64_t from, int64_t to, const Scratch *mine) {
+    (void)m, (void)from, (void)to, (void)mine;
     return 0;
 }
 
@@ -439,13 +462,14 @@ INLINE void arrange_block(const Matrix *m, const float *from, float *to) {
 #endif
 
 /* Many rows: a tile of weights is unpacked, and all rows run over it. */
-static void many_rows(const Matrix *m, int64_t from, int64_t to, float *tile, float *scale, float *zero) {
+static void many_rows(const Matrix *m, int64_t from, int64_t to, const Scratch *mine) {
     const Job *job = m->job;
+    float *tile = mine->tile;
     int64_t stride = m->blocks * BLOCK;
     int64_t steps = (m->rows + ROWS - 1) / ROWS, step = (m->rows + steps - 1) / steps; /* no narrow last tile */
     for (int64_t j0 = 0; j0 < m->blocks; j0 += CHUNK) {
         int64_t j1 = j0 + CHUNK < m->blocks ? j0 + CHUNK : m->blocks, length = (j1 - j0) * BLOCK;
-        unpacked(m, from, to, j0, j1, tile, scale, zero);
+        unpacked(m, from, to, j0, j1, mine);
         for (int64_t o = to - from; o % WIDTH; o++) memset(tile + o * length, 0, 4 * length);
         for (int64_t r0 = 0; r0 < m->rows; r0 += step) {
             int64_t rows = m->rows - r0 < step ? m->rows - r0 : step;
@@ -496,8 +520,8 @@ int coterie_grouped(const Job *job) {
     for (int64_t e = 0; e < job->experts; e++) total += job->count[e], active += job->count[e] > 0;
     if (!total || !job->outputs) return 0;
     int64_t per_expert = (job->outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
-    int64_t grids = (groups + 16) / 16 * 16; /* floats for the scales, or the zeros, of one output, and one more */
-    int64_t scratch = larger(TILE_OUTPUTS * BLOCK * (blocks < CHUNK ? blocks : CHUNK) + 2 * grids, stride);
+    int64_t tile = larger(TILE_OUTPUTS * BLOCK * (blocks < CHUNK ? blocks : CHUNK), stride); /* or one row of x */
+    int64_t grid = (TILE_OUTPUTS * groups + 15) / 16 * 16, scratch = tile + 2 * grid + blocks * BLOCK / 4;
     Matrix *matrix = malloc(active * sizeof(Matrix));
     int64_t *owner = malloc(total * sizeof(int64_t));
     float *x = aligned(4 * total * stride), *work = aligned(4 * scratch * job->threads);
@@ -517,28 +541,29 @@ int coterie_grouped(const Job *job) {
 #if WIDE
     for (int64_t i = 0; i < stride; i++) {
         int64_t g = (i / BLOCK * BLOCK + i % 16 * 4 + i % BLOCK / 16) / job->group;
-        lane_group[i] = (int32_t)(g < groups ? g : groups); /* beyond the last column: the zero behind the last group */
+        lane_group[i] = (int32_t)(g < groups ? g : groups - 1); /* beyond the last column x is 0 */
     }
 #endif
 #pragma omp parallel num_threads((int)job->threads)
     {
 #ifdef _OPENMP
-        float *mine = work + scratch * omp_get_thread_num();
+        float *start = work + scratch * omp_get_thread_num();
 #else
-        float *mine = work;
+        float *start = work;
 #endif
+        Scratch mine = {start, start + tile, start + tile + grid, (char *)(start + tile + 2 * grid)};
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < total; r++) {
             const Matrix *m = &matrix[owner[r]];
-            arrange(m, r - m->first, mine, x + r * stride);
+            arrange(m, r - m->first, mine.tile, x + r * stride);
         }
-        float *zero = mine + scratch - grids, *scale = zero - grids;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < active * per_expert; task++) {
             const Matrix *m = &matrix[task / per_expert];
             int64_t from = task % per_expert * TILE_OUTPUTS, to = from + TILE_OUTPUTS;
             if (to > job->outputs) to = job->outputs;
-            if (!in_registers(m, from, to, scale, zero)) many_rows(m, from, to, mine, scale, zero);
+            grids(m, from, to, &mine);
+            if (!in_registers(m, from, to, &mine)) many_rows(m, from, to, &mine);
         }
     }
 done:
