@@ -1,6 +1,8 @@
 """Kernels for packed weights give what torch's own operations give, whatever widths, shapes, threads and compiler."""
 
 import contextlib
+import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -189,6 +191,76 @@ def test_the_kernel_shares_the_openmp_runtime_of_torch():
     assert lib.coterie_threaded()
     runtimes = set(re.findall(r"\S*lib(?:g|i)?omp\S*\.so\S*", Path("/proc/self/maps").read_text()))
     assert len(runtimes) == 1, runtimes
+
+
+# ---- GPUs
+
+
+INTERPRETED = """
+import random, torch
+from test_kernels import DTYPES, PLAIN, error, packing, stack
+from coterie.experts.kernels import triton_grouped
+
+for seed in range(40):
+    draw = random.Random(seed)
+    bits = [draw.choice([*packing.WIDTHS, PLAIN]) for _ in range(draw.randint(1, 5))]
+    counts = [draw.choice([0, 1, 3, 17, 70]) for _ in bits]
+    shape, group = (draw.choice([5, 64, 70]), draw.choice([7, 64, 100, 130])), draw.choice([5, 24, 32, 64, 128, 1000])
+    dtype, stored = draw.choice(DTYPES), draw.choice(DTYPES)
+    s = stack(bits, shape, group, symmetric=draw.random() < 0.5, dtype=stored, seed=seed)
+    x, row = torch.randn(9, 2 * shape[1]).to(dtype)[:, : shape[1]], torch.randint(0, 9, (sum(counts),))
+    out = torch.full((sum(counts), 2 * shape[0]), 7.0)
+    triton_grouped.grouped(s, x, counts, row, out[:, ::2])
+    found = error(out[:, ::2], s, x[row], counts)
+    assert found < (1e-6 if dtype == torch.float32 else 8e-3), (seed, found, bits, counts, shape, group, dtype, stored)
+    assert (out[:, 1::2] == 7).all()
+print("all the same")
+"""
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from coterie.experts.kernels.triton_grouped import _grouped, blocks
+
+constants = {"GROUP": 64, "HAS_ROW": True, "HAS_ZERO": True, "WIDEN": False, **blocks(40, 2048)}
+types = {name: "constexpr" if name in constants else "i32" for name in _grouped.arg_names}
+types |= {"x": "*bf16", "row": "*i64", "y": "*fp32", "task": "*i64", "expert": "*i64", "words": "*i32"}
+types |= {"scale": "*bf16", "zero": "*bf16", "plain": "*bf16"}
+source = ASTSource(_grouped, signature=types, constexprs=constants)
+assert "mma" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+print("compiled")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(
+    ("code", "said", "interpret"), [(INTERPRETED, "all the same", "1"), (COMPILED, "compiled", "0")]
+)
+def test_the_gpu_kernel_gives_the_same_and_compiles_for_a_gpu_that_is_not_here(code, said, interpret, tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert said in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_on_a_gpu_are_those_on_the_cpu(dtype):
+    s = stack([2, 3, 4, 8, PLAIN], (768, 2048), 64, dtype=torch.bfloat16)
+    x, counts = torch.randn(60, 2048).to(dtype), [1, 0, 20, 30, 9]
+    parts = [None if t is None else t.cuda() for t in (s.words, s.scale_QOG, s.zero_QOG, s.plain)]
+    y = kernels.grouped(Stack(s.bits, s.shape, s.group, *parts), x.cuda(), counts)
+    assert error(y.cpu(), s, x, counts) < (1e-6 if dtype == torch.float32 else 8e-3)
+
+
+def test_without_triton_torch_multiplies_on_a_gpu_and_it_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "coterie.experts.kernels.triton_grouped", raising=False)
+    kernels._triton.cache_clear()
+    with pytest.warns(UserWarning, match="Install triton"):
+        assert kernels._triton() is None
+    kernels._triton.cache_clear()
 
 
 # ---- whole layers

@@ -11,6 +11,10 @@ learn; gradients pass through them.
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,13 +39,37 @@ def grouped(
     if out_RO is None and torch.is_grad_enabled() and x_RI.requires_grad:
         result: Tensor = _Grouped.apply(x_RI if row_R is None else x_RI[row_R], stack, counts)  # type: ignore[no-untyped-call]
         return result
-    if not cpu.usable(stack, x_RI):
+    kernel = _kernel(stack, x_RI)
+    if kernel is None:
         y_RO = reference(stack, x_RI if row_R is None else x_RI[row_R], counts)
         return y_RO if out_RO is None else out_RO.copy_(y_RO)
     if out_RO is None:
         out_RO = torch.empty(sum(counts), stack.shape[0], dtype=torch.float32, device=x_RI.device)
-    cpu.grouped(stack, x_RI.detach(), counts, row_R, out_RO)
+    kernel(stack, x_RI.detach(), counts, row_R, out_RO)
     return out_RO
+
+
+def _kernel(stack: Stack, x_RI: Tensor) -> Callable[..., None] | None:
+    """What multiplies these, or None for torch's operations."""
+    if x_RI.device.type == "cpu":
+        return cpu.grouped if cpu.usable(stack, x_RI) else None
+    gpu = _triton() if x_RI.device.type == "cuda" else None
+    return gpu.grouped if gpu is not None and gpu.usable(stack, x_RI) else None
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    """The kernel for GPUs, or None, which is said once."""
+    try:
+        from coterie.experts.kernels import triton_grouped
+    except ImportError as error:
+        warnings.warn(
+            f"The GPU kernel for packed weights needs triton ({error}), so they are unpacked and multiplied by torch, "
+            f"which is several times slower. Install triton; it comes with torch's CUDA builds.",
+            stacklevel=2,
+        )
+        return None
+    return triton_grouped
 
 
 def reference(stack: Stack, x_RI: Tensor, counts: list[int]) -> Tensor:
