@@ -79,6 +79,9 @@ _NUMBERS = 2**24  # of an activation that are held at once: 64 MB in float32
 def spans(counts: list[int], most: int) -> Iterator[tuple[int, list[int]]]:
     """Rows sorted by expert, in turns of at most `most` rows: (first row, rows of each expert)."""
     start, total = 0, sum(counts)
+    if 0 < total <= most:
+        yield 0, counts
+        return
     while start < total:
         left, some = most, []
         before = start
@@ -127,7 +130,11 @@ class Packed:
             y_RH = self._biased("down_proj", kernels.grouped(self.stack("down"), inner_RI, some), expert_R)
             if getattr(module, "has_post_expert_norm", False):
                 y_RH = module.post_expert_norm(y_RH.to(x_TH.dtype))
-            sum_TH.index_add_(0, token_R, (y_RH * slot_weight[row_R]).to(sum_TH.dtype))
+            if y_RH.dtype == sum_TH.dtype and not (y_RH.requires_grad or slot_weight.requires_grad):
+                y_RH *= slot_weight[row_R]  # without another [R, H]
+            else:
+                y_RH = (y_RH * slot_weight[row_R]).to(sum_TH.dtype)
+            sum_TH.index_add_(0, token_R, y_RH)
         return sum_TH.to(x_TH.dtype)
 
     def _inner(self, x_TH: Tensor, counts: list[int], token_R: Tensor, expert_R: Tensor) -> Tensor:
