@@ -139,10 +139,10 @@ static int mode_of(const Matrix *m) {
 /* What stays the same over the blocks of one output. */
 typedef struct {
     const char *codes; /* the output's first byte */
-    int64_t bytes, blocks, ahead, next, at, per_group, left, last_group;
+    int64_t bytes, blocks, ahead, next, after, per_group, left, last_group;
     __mmask64 all;
     __m512i spread, shift, low, second, lane[4];
-    __m512 table, iota;
+    __m512 table, iota, group_scale, group_zero;
     const float *scale, *zero;
     const int32_t *lane_group;
 } Reader;
@@ -200,8 +200,13 @@ INLINE void reader_at(Reader *s, const Matrix *m, const int mode, int64_t output
         _mm_prefetch((const char *)job->scale + later, _MM_HINT_T1);
         if (job->zero) _mm_prefetch((const char *)job->zero + later, _MM_HINT_T1);
     }
-    s->next = block; /* the first block has to make its table */
-    s->at = mode == LOOKUP_WHOLE || mode == CONVERT_WHOLE ? block / s->per_group - 1 : 0;
+    if (mode == LOOKUP_WHOLE || mode == CONVERT_WHOLE) {
+        int64_t group = block / s->per_group;
+        s->scale += group;
+        s->zero += group;
+        s->next = block; /* the first block has to make its table */
+        s->after = (group + 1) * s->per_group;
+    }
 }
 
 /* The 64 weights of block j. */
@@ -228,9 +233,9 @@ INLINE void weights(Reader *s, const int mode, int64_t j, __m512 w[4]) {
     q = _mm512_multishift_epi64_epi8(s->shift, _mm512_permutexvar_epi8(s->spread, q));
     if (mode == LOOKUP_WHOLE) {
         if (j == s->next) {
-            int64_t g = ++s->at;
-            s->next = (g + 1) * s->per_group;
-            s->table = _mm512_mul_ps(_mm512_sub_ps(s->iota, _mm512_set1_ps(s->zero[g])), _mm512_set1_ps(s->scale[g]));
+            s->table = _mm512_mul_ps(_mm512_sub_ps(s->iota, _mm512_set1_ps(*s->zero++)), _mm512_set1_ps(*s->scale++));
+            s->next = s->after;
+            s->after += s->per_group;
         }
         w[0] = _mm512_permutexvar_ps(q, s->table);
         w[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(q, 8), s->table);
@@ -252,8 +257,12 @@ INLINE void weights(Reader *s, const int mode, int64_t j, __m512 w[4]) {
     q = _mm512_and_si512(q, s->low);
     __m512 scale, zero;
     if (mode == CONVERT_WHOLE) {
-        if (j == s->next) s->next = (++s->at + 1) * s->per_group;
-        scale = _mm512_set1_ps(s->scale[s->at]), zero = _mm512_set1_ps(s->zero[s->at]);
+        if (j == s->next) {
+            s->group_scale = _mm512_set1_ps(*s->scale++), s->group_zero = _mm512_set1_ps(*s->zero++);
+            s->next = s->after;
+            s->after += s->per_group;
+        }
+        scale = s->group_scale, zero = s->group_zero;
     } else if (mode == CONVERT_HALVES) {
         int64_t a = 2 * j, b = a < s->last_group ? a + 1 : a;
         scale = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(s->scale[a]), _mm512_set1_ps(s->scale[b]));
