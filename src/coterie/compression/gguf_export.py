@@ -81,7 +81,9 @@ def load_gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise UsageError("writing GGUF needs the package gguf", "Install it with: pip install 'coterie[gguf]'") from error
+        raise UsageError(
+            "writing GGUF needs the package gguf", "Install it with: pip install 'coterie[gguf]'"
+        ) from error
     return gguf
 
 
@@ -209,7 +211,9 @@ def _check_layers(streamed: StreamedModel, model: str) -> None:
     """Raise UsageError unless all layers are MoE layers of one size, and nothing in them is Coterie's own."""
     dense = [index for index in range(len(streamed.layers)) if index not in streamed.moe]
     if dense:
-        raise UsageError(f"layer {dense[0]} of {model} has no experts: llama.cpp expects some in every layer", OTHER_WAY)
+        raise UsageError(
+            f"layer {dense[0]} of {model} has no experts: llama.cpp expects some in every layer", OTHER_WAY
+        )
     for index, moe in streamed.moe.items():
         other = {name: value for name, value in form_of(moe).describe().items() if name != "bits"}
         if other:
@@ -293,7 +297,8 @@ def _module_entries(
 ) -> list[Entry]:
     """The parameters a module has itself, under their names in GGUF."""
     if isinstance(module, PackedLinear):
-        shapes = {"weight": module.stack().shape} | ({} if module.bias is None else {"bias": tuple(module.bias.shape)})
+        bias: Any = module.bias
+        shapes = {"weight": module.stack().shape, **({} if bias is None else {"bias": tuple(bias.shape)})}
     else:
         shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     text, found = streamed.config.get_text_config(decoder=True), []
@@ -318,8 +323,8 @@ def _values(module: nn.Module, own: str, heads: int) -> Callable[[], Iterator[Te
 
 def neighbours(w_OI: Tensor, heads: int) -> Tensor:
     """Rows of q or k reordered within each head: number i of the first half is followed by number i of the second."""
-    halves = w_OI.unflatten(0, (heads, 2, -1))
-    return halves.transpose(1, 2).flatten(0, 2)
+    halves = w_OI.reshape(heads, 2, w_OI.shape[0] // heads // 2, *w_OI.shape[1:])
+    return halves.transpose(1, 2).reshape(w_OI.shape)
 
 
 def _names(family: GgufFamily, layers: int) -> Any:

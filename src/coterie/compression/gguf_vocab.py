@@ -21,7 +21,8 @@ from coterie.errors import UsageError
 CUTS: dict[tuple[str | None, bool], str] = {
     (None, True): "gpt-2",
     (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         False,
     ): "qwen2",
 }
@@ -79,8 +80,14 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     entries = [by_id.get(index, (f"[PAD{index}]", UNUSED)) for index in range(size)]
     tokens, kinds = [token for token, _ in entries], [kind for _, kind in entries]
     if sentencepiece:
-        scores = _scores(tokens, model["merges"])
-        return Vocabulary("llama", tokens, kinds, "default", scores, _space_prefix(described, steps))
+        pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+        found = Vocabulary("llama", tokens, kinds, "default", _scores(tokens, pairs), _space_prefix(described, steps))
+        if not _merges_all(tokens, kinds, pairs):
+            found.notes.append(
+                "this tokenizer merges some pairs only in one way, and llama.cpp in any that makes a token: tokens can"
+                " differ; compare some"
+            )
+        return found
     found = Vocabulary("gpt2", tokens, kinds, _cut(steps))
     if found.pre == "default":
         found.notes.append(
@@ -111,16 +118,22 @@ def _cut(steps: list[dict[str, Any]]) -> str:
     return CUTS.get((expression, bool(steps[-1].get("use_regex", True))), "default")
 
 
-def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
+def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
     """Scores with which merging the best pair first is applying `merges` in order.
 
     sentencepiece scores the token a merge makes; tokenizer.json lists the merges by that score, best first.
     """
     rank: dict[str, int] = {}
     for order, merge in enumerate(merges):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        rank.setdefault(left + right, order)
+        rank.setdefault("".join(merge), order)
     return [-float(rank.get(token, len(merges))) for token in tokens]
+
+
+def _merges_all(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) -> bool:
+    """Is every pair of tokens that makes a token merged, as in what was converted from sentencepiece?"""
+    known, merged = {token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL}, set(merges)
+    splits = ((token[:at], token[at:]) for token in known for at in range(1, len(token)))
+    return all(split in merged for split in splits if split[0] in known and split[1] in known)
 
 
 def _space_prefix(described: dict[str, Any], steps: list[dict[str, Any]]) -> bool:
