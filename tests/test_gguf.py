@@ -13,7 +13,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import coterie
 from coterie.anatomy.gguf_families import GGUF_FAMILIES
@@ -187,6 +187,29 @@ def test_the_tensors_of_a_file_alone_compute_what_transformers_does(family, tied
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens(1, 12)).logits[0]
     torch.testing.assert_close(graph_logits(fields, tensors, tokens(1, 12)[0]), expected, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "written_twice"), [("mixtral", 0), ("qwen3-moe", 0), ("olmoe", 1), ("qwen2-moe", 1)]
+)
+def test_tied_embeddings_are_written_twice_where_the_loader_asks_for_it(family, written_twice, tmp_path):
+    _, tensors, _ = written(known(family, tmp_path, tie_word_embeddings=True), tmp_path / "out")
+    copies = [value for name, value in tensors.items() if name == "output.weight"]
+    assert len(copies) == written_twice
+    assert all(torch.equal(value, tensors["token_embd.weight"]) for value in copies)
+
+
+def test_transformers_reads_the_file_back_as_the_model_it_was(tmp_path):
+    """Its reader takes the experts' width from its defaults: 768."""
+    folder = known("qwen3-moe", tmp_path, moe_intermediate_size=768, num_hidden_layers=2)
+    out = coterie.export_gguf(str(folder), str(tmp_path / "out"), "F32").out
+    theirs = AutoModelForCausalLM.from_pretrained(out.parent, gguf_file=out.name, dtype=torch.float32)
+    ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens()).logits, ours(tokens()).logits, atol=1e-5, rtol=1e-5)
+    text = "Once upon a time, 1234 dogs didn't bark."
+    read = AutoTokenizer.from_pretrained(out.parent, gguf_file=out.name)
+    assert read(text)["input_ids"] == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
 
 
 @pytest.mark.parametrize("family", KNOWN)

@@ -3,8 +3,9 @@
 Codes, tensor names and the file's layout are the `gguf` package's; what is known here is how a model in memory becomes
 its tensors. Experts of a layer are merged to [E, O, I], quantized weights are made dense first, and codes are computed
 one matrix at a time. Norms, biases and routers stay 32-bit; a matrix whose rows no block of the type divides stays F16.
-The file has not been read by llama.cpp itself here: its loader's requirements were read, and the tests compute a layer
-from the tensors of the file as its graphs do.
+llama.cpp itself has not read such a file here. What stands for it: its loader's requirements were read; the tests
+compute logits from a file alone as its graphs do; and its own converter (the one in llama-cpp-python 0.3.36) wrote the
+same bytes for tiny models of all four families in BF16 and Q8_0, which was compared by hand.
 """
 
 # E experts, O outputs and I inputs of a matrix, H hidden, V vocabulary
