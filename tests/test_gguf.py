@@ -25,6 +25,7 @@ from coterie.compression.gguf_vocab import read_vocabulary
 from coterie.errors import CheckpointError, UsageError
 from families import config, each_tensor, edit_json, saved, tiny, token_file, tokens
 from inprocess import cli
+from packed import fp8
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -265,6 +266,14 @@ def test_16_bit_files_round_as_torch_does(kind, dtype, tmp_path):
     assert types["blk.0.ffn_down_exps.weight"] == kind
 
 
+def test_file_types_have_the_numbers_of_the_package():
+    numbers = {kind.name.split("_", 1)[1].removesuffix("_MOE"): kind for kind in gguf.LlamaFileType if "_" in kind.name}
+    assert {name: kind.number for name, kind in TYPES.items()} == {
+        name: numbers.get(name, kind.number)  # 0.18 has codes of MXFP4, but no file type
+        for name, kind in TYPES.items()
+    }
+
+
 def test_every_type_of_the_package_that_can_be_computed_is_offered():
     def works(kind):
         try:
@@ -295,6 +304,14 @@ def test_a_quantized_checkpoint_is_written_as_the_numbers_its_codes_stand_for(fa
     expected = source_tensors(family, tmp_path / "dense")
     assert tensors.keys() == expected.keys()
     for name, value in expected.items():
+        torch.testing.assert_close(tensors[name], value, atol=0, rtol=0, msg=name)
+
+
+def test_an_fp8_checkpoint_is_written_dequantized(tmp_path):
+    changes = {"vocab_size": VOCABULARY, **KNOWN["qwen3-moe"]}
+    packed, dense = fp8("qwen3-moe", tmp_path, (16, 8), torch.bfloat16, **changes)
+    _, tensors, _ = written(packed, tmp_path / "out")
+    for name, value in source_tensors("qwen3-moe", dense).items():
         torch.testing.assert_close(tensors[name], value, atol=0, rtol=0, msg=name)
 
 
@@ -572,6 +589,13 @@ def test_a_file_needs_a_tokenizer(tmp_path):
     folder = known("mixtral", tmp_path)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UsageError, match=r"no tokenizer\.json"):
+        coterie.export_gguf(str(folder), str(tmp_path / "out"))
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path):
+    folder = known("mixtral", tmp_path)
+    (folder / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read as a tokenizer"):
         coterie.export_gguf(str(folder), str(tmp_path / "out"))
 
 

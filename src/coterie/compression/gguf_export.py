@@ -38,9 +38,12 @@ OTHER_WAY = "Use `coterie export --form dense` (if it is quantized) and llama.cp
 
 @dataclass(frozen=True)
 class FileType:
-    """Types of what a file holds, named as in gguf: of experts, of other matrices, of embeddings and output."""
+    """Types of what a file holds, named as in gguf: of experts, of other matrices, of embeddings and output.
 
-    number: str
+    number : what `general.file_type` says.
+    """
+
+    number: int
     experts: str
     others: str
     embeddings: str
@@ -49,17 +52,17 @@ class FileType:
 # what the gguf package can compute codes for. Embeddings and output are as sensitive as they are in llama.cpp's own
 # files, which give them more bits; MXFP4 is for experts only there, and ternary codes leave embeddings alone.
 TYPES: dict[str, FileType] = {
-    "F32": FileType("ALL_F32", "F32", "F32", "F32"),
-    "F16": FileType("MOSTLY_F16", "F16", "F16", "F16"),
-    "BF16": FileType("MOSTLY_BF16", "BF16", "BF16", "BF16"),
-    "Q8_0": FileType("MOSTLY_Q8_0", "Q8_0", "Q8_0", "Q8_0"),
-    "Q5_1": FileType("MOSTLY_Q5_1", "Q5_1", "Q5_1", "Q8_0"),
-    "Q5_0": FileType("MOSTLY_Q5_0", "Q5_0", "Q5_0", "Q8_0"),
-    "Q4_1": FileType("MOSTLY_Q4_1", "Q4_1", "Q4_1", "Q8_0"),
-    "Q4_0": FileType("MOSTLY_Q4_0", "Q4_0", "Q4_0", "Q8_0"),
-    "MXFP4": FileType("MOSTLY_MXFP4_MOE", "MXFP4", "Q8_0", "Q8_0"),
-    "TQ2_0": FileType("MOSTLY_TQ2_0", "TQ2_0", "TQ2_0", "F16"),
-    "TQ1_0": FileType("MOSTLY_TQ1_0", "TQ1_0", "TQ1_0", "F16"),
+    "F32": FileType(0, "F32", "F32", "F32"),
+    "F16": FileType(1, "F16", "F16", "F16"),
+    "BF16": FileType(32, "BF16", "BF16", "BF16"),
+    "Q8_0": FileType(7, "Q8_0", "Q8_0", "Q8_0"),
+    "Q5_1": FileType(9, "Q5_1", "Q5_1", "Q8_0"),
+    "Q5_0": FileType(8, "Q5_0", "Q5_0", "Q8_0"),
+    "Q4_1": FileType(3, "Q4_1", "Q4_1", "Q8_0"),
+    "Q4_0": FileType(2, "Q4_0", "Q4_0", "Q8_0"),
+    "MXFP4": FileType(38, "MXFP4", "Q8_0", "Q8_0"),
+    "TQ2_0": FileType(37, "TQ2_0", "TQ2_0", "F16"),
+    "TQ1_0": FileType(36, "TQ1_0", "TQ1_0", "F16"),
 }
 
 
@@ -407,7 +410,7 @@ def write_metadata(
     width = moe.bank.intermediate_size
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[TYPES[kind].number])
+    writer.add_file_type(TYPES[kind].number)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(len(streamed.layers))
     writer.add_context_length(text.max_position_embeddings)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coterie.errors import UsageError
+from coterie.errors import CheckpointError, UsageError
 
 # {(regular expression of a Split, does ByteLevel cut by its own): name in llama.cpp}
 CUTS: dict[tuple[str | None, bool], str] = {
@@ -49,13 +49,16 @@ class Vocabulary:
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     """The tokenizer beside a checkpoint whose embeddings have `size` rows; rows without a token get a name.
 
-    Raises UsageError where there is none, or none of a kind that is known.
+    Raises UsageError where there is none, or none of a kind that is known; CheckpointError where it is damaged.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise UsageError(f"{folder} has no tokenizer.json, and a GGUF file holds the tokenizer", "Put it there.")
-    described: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    model, steps = described["model"], _steps(described.get("pre_tokenizer"))
+    try:
+        described: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        model, steps = described["model"], _steps(described.get("pre_tokenizer"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read as a tokenizer: {error}", "Fetch it again.") from error
     byte_level = any(step.get("type") == "ByteLevel" for step in steps)
     sentencepiece = bool(model.get("byte_fallback")) and not byte_level
     if model.get("type") != "BPE" or not (byte_level or sentencepiece):
