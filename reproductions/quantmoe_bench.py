@@ -85,7 +85,7 @@ def measured(
                 last = {**NONE, "attention_bits": 4, "last_blocks": given.blocks}
                 other, against_it = quantized(*text, seed=seed, method="quantmoe-heuristics", **grid, **last)
             else:
-                drawn = {**control, "mean": round(bits + 1e-3, 4), "seed": seed}
+                drawn = {**control, "mean": round(bits + 1e-3, 4), "draw": seed}
                 other, against_it = quantized(*text, seed=seed, method="quantmoe-random", **grid, **drawn)
             entry = found.setdefault(name, {"rule": [], "control": [], "bits": [], "control bits": []})
             for key, value in zip(entry, (loss, other, bits, model_mean(against_it)), strict=True):

@@ -119,7 +119,7 @@ def test_what_the_form_cannot_hold_is_said(family, parameters, told, tmp_path):
 
 def test_mixed_widths_stay_in_our_own_form(tmp_path):
     source = saved("mixtral", tmp_path)
-    parameters = {"quantizer": "rtn", "group_size": 16, "symmetric": True, "seed": 1}
+    parameters = {"quantizer": "rtn", "group_size": 16, "symmetric": True, "draw": 1}
     coterie.compress(str(source), str(tmp_path / "packed"), method="quantmoe-random", parameters=parameters)
     with pytest.raises(UsageError, match="one width for all"):
         coterie.unpack(str(tmp_path / "packed"), str(tmp_path / "ct"), "compressed-tensors")

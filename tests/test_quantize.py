@@ -362,6 +362,7 @@ def test_the_command_line(models, ids, tmp_path):
     assert told["quantization"]["bytes"] == told["quantization"]["bytes_planned"]
     assert cli("compress", source, tmp_path / "no", *given, "--tokens", ids, "--keep", "0.5").code != 0
     assert "how many bits" in cli("compress", source, tmp_path / "no", *given, "--keep", "0.5", "--tokens", ids).err
-    assert cli("inspect", tmp_path / "out").code == 0
+    told = cli("inspect", tmp_path / "out", "--json").json()["stored_as"]
+    assert told.startswith("experts 3 bits, 3.00 on average; ")
     assert "quantizer" in cli("methods", "quantize").out
     assert get_method("quantize").needs_text

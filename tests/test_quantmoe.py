@@ -215,7 +215,7 @@ def test_random_controls_depend_on_their_seed_alone(profile_of):
     source, _ = profile_of("mixtral")
 
     def drawn(seed):
-        return coterie.plan(source, method="quantmoe-random", parameters={"mean": 2.5, "seed": seed}).experts()
+        return coterie.plan(source, method="quantmoe-random", parameters={"mean": 2.5, "draw": seed}).experts()
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)

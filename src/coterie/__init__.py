@@ -20,6 +20,7 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "export_gguf",
     "finetune",
     "heal",
     "load",

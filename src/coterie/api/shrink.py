@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie import comparison
-from coterie.compression import exporting, padding
+from coterie.compression import exporting, gguf_export, padding
 from coterie.compression.bits import load_plan
 from coterie.compression.compress import Result, run_forecast
 from coterie.compression.compress import compress as run_compress
@@ -600,6 +600,26 @@ def unpack(
     check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
     streamed = (runtime or Runtime()).open(model)
     return exporting.export(streamed, Path(out), form, model=model, overwrite=overwrite, progress=progress)
+
+
+def export_gguf(
+    model: str,
+    out: str,
+    kind: str = "Q8_0",
+    *,
+    overwrite: bool = False,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+) -> exporting.Exported:
+    """A checkpoint, plain or quantized, as one GGUF file in the folder `out`, see `coterie.compression.gguf_export`.
+
+    kind : F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, MXFP4 (experts), TQ2_0 or TQ1_0.
+    """
+    gguf_export.check_type(kind)
+    gguf_export.load_gguf()
+    check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
+    streamed = (runtime or Runtime()).open(model)
+    return gguf_export.export_gguf(streamed, Path(out), kind, model=model, overwrite=overwrite, progress=progress)
 
 
 def export(

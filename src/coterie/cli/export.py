@@ -26,6 +26,15 @@ def export(
             show_default=False,
         ),
     ] = None,
+    gguf: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="One file for llama.cpp, of a plain or a quantized checkpoint: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1,"
+            " Q4_0, MXFP4, TQ2_0 or TQ1_0.",
+            show_default=False,
+        ),
+    ] = None,
     data: o.Data = None,
     samples: o.Samples = 64,
     length: o.Length = 512,
@@ -34,23 +43,25 @@ def export(
     seed: o.Seed = 0,
     overwrite: o.Overwrite = False,
 ) -> None:
-    """Write a checkpoint as other software needs it: layers of one size (--pad), quantized weights (--form).
+    """Write a checkpoint as other software needs it: layers of one size (--pad), quantized weights (--form), one file
+    for llama.cpp (--gguf).
 
     Routers with a bias (GPT-OSS, DeepSeek-V3, GLM-4 and their kin) make it exact. Others need --data: dead experts
     are kept from being picked on that text, and the share of tokens on which it fails is told.
     """
     from coterie.errors import UsageError
 
-    if pad == (form is not None):
+    if pad + (form is not None) + (gguf is not None) != 1:
         raise UsageError(
             "say what to export to, one thing at a time",
-            "--pad gives all layers the same number of experts; --form dense or compressed-tensors is for quantized.",
+            "--pad gives all layers the same number of experts; --form dense or compressed-tensors is for quantized;"
+            " --gguf Q8_0 is for llama.cpp.",
         )
     runtime = common.runtime()
     from coterie import api
 
-    if form is not None:
-        _unpack(common, runtime, model, out, form, overwrite)
+    if form is not None or gguf is not None:
+        _other_form(common, runtime, model, out, form, gguf, overwrite)
         return
 
     with Bar("export", enabled=not common.json) as bar:
@@ -78,21 +89,20 @@ def export(
         warn("these routers have no bias: on other text a dead expert can be picked, adds nothing and takes a place")
 
 
-def _unpack(common: Common, runtime: Any, model: str, out: str, form: str, overwrite: bool) -> None:
+def _other_form(
+    common: Common, runtime: Any, model: str, out: str, form: str | None, gguf: str | None, overwrite: bool
+) -> None:
     from coterie import api
 
     with Bar("export", enabled=not common.json) as bar:
-        result = api.unpack(
-            model,
-            out,
-            form,  # type: ignore[arg-type]
-            overwrite=overwrite,
-            runtime=runtime,
-            progress=bar,  # type: ignore[arg-type]
-        )
+        options: dict[str, Any] = {"overwrite": overwrite, "runtime": runtime, "progress": bar}
+        if gguf is not None:
+            result = api.export_gguf(model, out, gguf, **options)
+        else:
+            result = api.unpack(model, out, form, **options)  # type: ignore[arg-type]
     if common.json:
         emit_json(result.describe())
         return
-    say(f"{out}: {form}, {gigabytes(result.bytes_before)} became {gigabytes(result.bytes_after)}")
+    say(f"{result.out}: {result.form}, {gigabytes(result.bytes_before)} became {gigabytes(result.bytes_after)}")
     for note in result.notes:
         warn(note)

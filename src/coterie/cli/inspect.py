@@ -1,6 +1,6 @@
 """`coterie inspect`: what is in a checkpoint, and which architectures work. Reads headers, no weights."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,7 +51,7 @@ def inspect(
         "vocabulary": text.vocab_size,
         "bytes_of_expert": size.bytes_of_expert,
         **size.describe(),
-        **({"stored_as": streamed.form.shown} if streamed.form else {}),
+        **({"stored_as": stored} if (stored := _stored_as(streamed)) else {}),
         "moe_layers": layers,
     }
     if common.json:
@@ -72,12 +72,30 @@ def inspect(
         ["weights", f"{gigabytes(size.bytes)}, {routed / size.bytes:.0%} of it routed experts"],
         ["one expert", f"{gigabytes(size.bytes_of_expert)}"],
     ]
-    if streamed.form:
-        rows.append(["stored as", streamed.form.shown])
+    if stored:
+        rows.append(["stored as", stored])
     table(model, ["", ""], rows, left=2)
     if len({layer["experts"] for layer in layers}) > 1:
         each = [[str(layer["layer"]), str(layer["experts"]), str(layer["top_k"])] for layer in layers]
         table("layers", ["layer", "experts", "top-k"], each)
+
+
+def _stored_as(streamed: Any) -> str:
+    """How weights are stored where they are not plain numbers; "" where they are."""
+    from coterie.anatomy.forms import form_of, linears_in
+    from coterie.compression.bits import mean_bits
+
+    if streamed.form:
+        return str(streamed.form.shown)
+    widths = {i: form.bits.widths() for i, moe in streamed.moe.items() if (form := form_of(moe)).bits is not None}
+    linears = linears_in(streamed.model)
+    told = []
+    if widths:
+        every = sorted({b for layer in widths.values() for bits in layer.values() for b in bits})
+        told.append(f"experts {', '.join(map(str, every))} bits, {mean_bits(streamed.moe, widths):.2f} on average")
+    if linears is not None:
+        told.append(f"{len(linears.bits)} linear layers {', '.join(map(str, sorted(set(linears.bits.values()))))} bits")
+    return "; ".join(told)
 
 
 def _architectures(common: Common) -> None:

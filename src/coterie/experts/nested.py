@@ -22,14 +22,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from coterie.experts import packing
-from coterie.experts.forward import Levels, joined
+from coterie.experts.forward import Levels, experts_forward, joined
 from coterie.experts.levels import bit_router
-from coterie.experts.packed import Packed, Stack, derived, empty, multiply
+from coterie.experts.packed import Packed, Stack, derived, empty
 from coterie.experts.packing import Coded, spread
 
 PLANES = r"\.plane(\d+)_(?:scale_)?(?:gate|up|down)$"
@@ -72,6 +74,25 @@ class NestedStack:
         return w_OI
 
 
+class _Multiply(torch.autograd.Function):
+    """x W^T for a matrix that is made when it is needed, forwards and backwards, and never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, stack: NestedStack, expert: int) -> Tensor:
+        ctx.stack, ctx.expert = stack, expert
+        return F.linear(x_RI, stack.dense(expert).to(x_RI.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] @ ctx.stack.dense(ctx.expert).to(grads[0].dtype), None, None
+
+
+def _multiply(stack: NestedStack, expert: int, x_RI: Tensor) -> Tensor:
+    """[R, I] -> [R, O] with one expert's matrix, in the dtype of the inputs."""
+    result: Tensor = _Multiply.apply(x_RI, stack, expert)  # type: ignore[no-untyped-call]
+    return result
+
+
 class Nested(Packed):
     """What a module of nested experts has beside what its stock class gives it.
 
@@ -81,6 +102,13 @@ class Nested(Packed):
 
     nested_planes: int
     level: int | None
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sum of the selected experts' outputs, weighted. Shapes: [T, H], [T, K], [T, K] -> [T, H].
+
+        One expert after the other, each matrix unpacked once for every level its tokens have.
+        """
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights)  # type: ignore[arg-type]
 
     def stack(self, p: str, level: int | None = None) -> NestedStack:  # type: ignore[override]
         """Projection gate, up or down of all experts at a level, by default the highest that is held."""
@@ -117,10 +145,10 @@ class Nested(Packed):
 
     def _at(self, name: str, expert: int, x_RI: Tensor, level: int | None) -> Tensor:
         if name == "gate_up_proj":
-            gate, up = (multiply(self.stack(p, level), expert, x_RI) for p in ("gate", "up"))
+            gate, up = (_multiply(self.stack(p, level), expert, x_RI) for p in ("gate", "up"))
             y_RO = joined(self, gate, up)  # type: ignore[arg-type]
         else:
-            y_RO = multiply(self.stack(name.removesuffix("_proj"), level), expert, x_RI)
+            y_RO = _multiply(self.stack(name.removesuffix("_proj"), level), expert, x_RI)
         bias = getattr(self, f"{name}_bias", None) if self.has_bias else None  # type: ignore[attr-defined]
         return y_RO if bias is None else y_RO + bias[expert].to(y_RO.dtype)
 

@@ -16,19 +16,16 @@ What codes mean stands in `packing`.
 
 from __future__ import annotations
 
-import itertools
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from coterie.experts import packing
+from coterie.experts import kernels, packing
 from coterie.experts.forward import experts_forward, joined
 from coterie.experts.packing import Coded
 
@@ -51,28 +48,14 @@ class Stack:
     zero_QOG: Tensor | None
     plain: Tensor
 
-    @cached_property
-    def starts(self) -> list[int]:
-        """First word of each expert in `words`, and the end; plain experts have none."""
-        return [0, *itertools.accumulate(matrix_words(b, self.shape) for b in self.bits)]
-
-    @cached_property
-    def ranks(self) -> list[int]:
-        """Position of each expert among those of its kind: the first index of scale_QOG, or of plain."""
-        seen = {True: 0, False: 0}
-        found = []
-        for bits in self.bits:
-            found.append(seen[bits == PLAIN])
-            seen[bits == PLAIN] += 1
-        return found
-
     def packed(self, expert: int) -> Tensor:
         """Words of one quantized expert, [O, N]."""
-        return self.words[self.starts[expert] : self.starts[expert + 1]].view(self.shape[0], -1)
+        starts, _ = packing.layout(self.bits, self.shape)
+        return self.words[starts[expert] : starts[expert + 1]].view(self.shape[0], -1)
 
     def dense(self, expert: int) -> Tensor:
         """One matrix, [O, I]: float32, or as it is stored where it is not quantized."""
-        bits, rank = self.bits[expert], self.ranks[expert]
+        bits, rank = self.bits[expert], packing.layout(self.bits, self.shape)[1][expert]
         if bits == PLAIN:
             return self.plain[rank]
         codes_OI = packing.unpack(self.packed(expert), bits, self.shape[1])
@@ -85,30 +68,32 @@ def matrix_words(bits: int, shape: tuple[int, int]) -> int:
     return 0 if bits == PLAIN else shape[0] * packing.words(shape[1], bits)
 
 
-class Matrices(Protocol):
-    """Matrices of experts that are made when they are needed."""
-
-    def dense(self, expert: int) -> Tensor:
-        """One of them, [O, I]."""
-
-
-class _Multiply(torch.autograd.Function):
-    """x W^T for a matrix that is made when it is needed, forwards and backwards, and never kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, stack: Matrices, expert: int) -> Tensor:
-        ctx.stack, ctx.expert = stack, expert
-        return F.linear(x_RI, stack.dense(expert).to(x_RI.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0] @ ctx.stack.dense(ctx.expert).to(grads[0].dtype), None, None
-
-
-def multiply(stack: Matrices, expert: int, x_RI: Tensor) -> Tensor:
+def multiply(stack: Stack, expert: int, x_RI: Tensor) -> Tensor:
     """[R, I] -> [R, O] with one expert's matrix, in the dtype of the inputs."""
-    result: Tensor = _Multiply.apply(x_RI, stack, expert)  # type: ignore[no-untyped-call]
-    return result
+    counts = [0] * len(stack.bits)
+    counts[expert] = x_RI.shape[0]
+    return kernels.grouped(stack, x_RI, counts).to(x_RI.dtype)
+
+
+_NUMBERS = 2**24  # of an activation that are held at once: 64 MB in float32
+
+
+def spans(counts: list[int], most: int) -> Iterator[tuple[int, list[int]]]:
+    """Rows sorted by expert, in turns of at most `most` rows: (first row, rows of each expert)."""
+    start, total = 0, sum(counts)
+    if 0 < total <= most:
+        yield 0, counts
+        return
+    while start < total:
+        left, some = most, []
+        before = start
+        for count in counts:
+            skipped = min(before, count)
+            before -= skipped
+            some.append(min(count - skipped, left))
+            left -= some[-1]
+        yield start, some
+        start += sum(some)
 
 
 class Packed:
@@ -124,7 +109,59 @@ class Packed:
     packed_symmetric: bool
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return experts_forward(self, hidden_states, top_k_index, top_k_weights)  # type: ignore[arg-type]
+        """Sum of the selected experts' outputs, weighted. Shapes: [T, H], [T, K], [T, K] -> [T, H].
+
+        Peak memory beside the weights: a few times 64 MB for routed rows, however many there are, and one [T, H] sum.
+        """
+        module: Any = self
+        if hasattr(self, "_coterie_tap") or hasattr(self, "stand_in"):  # they want to see one expert after the other
+            return experts_forward(module, hidden_states, top_k_index, top_k_weights)
+        for slot in getattr(self, "_coterie_slots", []):
+            top_k_index, top_k_weights = slot(top_k_index, top_k_weights)
+        x_TH, K, E = hidden_states, top_k_index.shape[-1], self.stored_experts
+        slot_expert = top_k_index.reshape(-1).clamp(max=E)  # the sentinel, and anything above it, is "no expert"
+        order = torch.argsort(slot_expert, stable=True)
+        counts = torch.bincount(slot_expert, minlength=E + 1)[:E].tolist()
+        slot_weight = top_k_weights.reshape(-1, 1)
+        sum_TH = torch.zeros(x_TH.shape, dtype=torch.promote_types(x_TH.dtype, torch.float32), device=x_TH.device)
+        most = max(64, _NUMBERS // (2 * self.packed_shapes["up"][0]))
+        for start, some in spans(counts, most):
+            row_R = order[start : start + sum(some)]
+            token_R, expert_R = row_R // K, slot_expert[row_R]
+            inner_RI = self._inner(x_TH, some, token_R, expert_R)
+            y_RH = self._biased("down_proj", kernels.grouped(self.stack("down"), inner_RI, some), expert_R)
+            if getattr(module, "has_post_expert_norm", False):
+                y_RH = module.post_expert_norm(y_RH.to(x_TH.dtype))
+            if y_RH.dtype == sum_TH.dtype and not (y_RH.requires_grad or slot_weight.requires_grad):
+                y_RH *= slot_weight[row_R]  # without another [R, H]
+            else:
+                y_RH = (y_RH * slot_weight[row_R]).to(sum_TH.dtype)
+            sum_TH.index_add_(0, token_R, y_RH)
+        return sum_TH.to(x_TH.dtype)
+
+    def _inner(self, x_TH: Tensor, counts: list[int], token_R: Tensor, expert_R: Tensor) -> Tensor:
+        """What the down projections receive, for rows sorted by expert: [R, I]."""
+        module: Any = self
+        if not module.has_gate:
+            up_RI = kernels.grouped(self.stack("up"), x_TH, counts, token_R)
+            act: Tensor = module.act_fn(self._biased("up_proj", up_RI, expert_R).to(x_TH.dtype))
+            return act
+        gate, up = self.stack("gate"), self.stack("up")
+        if torch.is_grad_enabled() and x_TH.requires_grad:
+            both = (kernels.grouped(stack, x_TH, counts, token_R) for stack in (gate, up))
+            up_RP = joined(module, *both)
+        else:  # both are written where a fused projection would have put them
+            width, wide = gate.shape[0], torch.promote_types(x_TH.dtype, torch.float32)
+            up_RP = torch.empty(len(token_R), 2 * width, dtype=wide, device=x_TH.device)
+            halves = up_RP.chunk(2, -1) if module.is_concatenated else (up_RP[:, ::2], up_RP[:, 1::2])
+            for stack, half in zip((gate, up), halves):
+                kernels.grouped(stack, x_TH, counts, token_R, half)
+        inner: Tensor = module._apply_gate(self._biased("gate_up_proj", up_RP, expert_R).to(x_TH.dtype))
+        return inner
+
+    def _biased(self, name: str, y_RO: Tensor, expert_R: Tensor) -> Tensor:
+        bias = getattr(self, f"{name}_bias", None) if self.has_bias else None  # type: ignore[attr-defined]
+        return y_RO if bias is None else y_RO + bias[expert_R].to(y_RO.dtype)
 
     @property
     def stored_experts(self) -> int:

@@ -13,6 +13,7 @@ A zero is any number. Where there is none the grid is symmetric and zero is 2^(b
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,20 @@ def words(columns: int, bits: int) -> int:
 def groups(columns: int, group: int) -> int:
     """Groups of a row; the last one may be shorter."""
     return -(-columns // group)
+
+
+@functools.lru_cache(maxsize=4096)
+def layout(bits: tuple[int, ...], shape: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where matrices of one shape lie that are packed one below the other, those of 16 bits beside them.
+
+    The first word of each, and the end; and the position of each among the quantized ones, or among the others.
+    """
+    starts, ranks, seen = [0], [], {True: 0, False: 0}
+    for b in bits:
+        starts.append(starts[-1] + (shape[0] * words(shape[1], b) if b in WIDTHS else 0))
+        ranks.append(seen[b in WIDTHS])
+        seen[b in WIDTHS] += 1
+    return tuple(starts), tuple(ranks)
 
 
 def symmetric_zero(bits: int) -> float:

@@ -267,11 +267,7 @@ class ShardWriter:
 
     def _check_room(self) -> None:
         there = sum((self.folder / n).stat().st_blocks * 512 for n in self.names if (self.folder / n).exists())
-        free, need = shutil.disk_usage(self.folder).free, self.total_size + 2**20
-        if free + there < need:
-            raise OutputError(
-                f"not enough room in {self.folder.parent}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
-            )
+        check_room(self.folder, self.total_size, there)
 
     def _lay_out(self, file: Path, group: list[Spec]) -> None:
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -322,6 +318,13 @@ class ShardWriter:
         for stream in self._streams.values():
             stream.close()
         self._streams.clear()
+
+
+def check_room(folder: Path, size: int, there: int = 0) -> None:
+    """Raise OutputError unless `size` bytes fit on the folder's disk, `there` of them being written already."""
+    free, need = shutil.disk_usage(folder).free, size + 2**20
+    if free + there < need:
+        raise OutputError(f"not enough room in {folder.parent}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
 
 
 def disk_error(error: OSError, folder: Path) -> OutputError:

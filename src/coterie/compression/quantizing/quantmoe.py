@@ -189,7 +189,7 @@ class Random(TwoLevels):
     shared_bits: Bits | None = Field(4, description="Bits of shared experts.")
     unit: Literal["expert", "matrix", "block"] = Field("expert", description="What is raised together.")
     share: float = Field(0.25, ge=0, le=1, description="Share of them that is raised, without a mean.")
-    seed: int = Field(0, ge=0, description="Of the choice.")
+    draw: int = Field(0, ge=0, description="Seed of the choice.")
 
     def items(self, streamed: StreamedModel, layers: Mapping[int, LayerProfile], weights: Weights) -> list[Item]:
         sets: dict[tuple[int | str, ...], list[Matrix]] = {}
@@ -197,6 +197,6 @@ class Random(TwoLevels):
             key = m[: ("block", "expert", "matrix").index(self.unit) + 1]
             sets.setdefault(key, []).append(m)
         keys = list(sets)
-        random.Random(self.seed).shuffle(keys)
+        random.Random(self.draw).shuffle(keys)
         chosen = keys if self.mean is not None else keys[: math.floor(self.share * len(keys) + 1e-9)]
         return [Item("drawn at random", self.high, sets[key]) for key in chosen]
