@@ -93,6 +93,10 @@ def _stored_as(streamed: Any) -> str:
     if widths:
         every = sorted({b for layer in widths.values() for bits in layer.values() for b in bits})
         told.append(f"experts {', '.join(map(str, every))} bits, {mean_bits(streamed.moe, widths):.2f} on average")
+    nested = next((grid for moe in streamed.moe.values() if (grid := form_of(moe).nested) is not None), None)
+    if nested is not None:
+        chosen = ", chosen by bit routers" if nested.options is not None else ""
+        told.append(f"experts nested, {nested.base} to {nested.base + nested.planes} bits{chosen}")
     if linears is not None:
         told.append(f"{len(linears.bits)} linear layers {', '.join(map(str, sorted(set(linears.bits.values()))))} bits")
     return "; ".join(told)
