@@ -385,6 +385,34 @@ def test_a_wider_probability_of_what_runs_is_the_only_way_a_gradient_takes(made)
     torch.testing.assert_close(found, router.weight.grad)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_a_mixture_learns_what_every_width_would_have_put_out(family, made):
+    """Its gradient is that of sum_k p_k E^(k)(x)."""
+    from coterie.experts.forward import expert_output
+
+    model, routers = routed(made(family)[1], spread=0.3)
+    layer = moe_layers(model)[0]
+    module, router = layer.experts, routers[layer.index]
+    router.learning = Learning("mixture")
+    g = torch.Generator().manual_seed(0)
+    x_TH = torch.randn(6, router.in_features, generator=g)
+    index_TS = torch.rand(6, router.experts, generator=g).topk(2).indices
+    weight_TS, c_TH = torch.rand(6, 2, generator=g), torch.randn(6, router.in_features, generator=g)
+    (module(x_TH, index_TS, weight_TS) * c_TH).sum().backward()
+    found, router.bias.grad = router.bias.grad.clone(), None
+    total = torch.zeros(())
+    p_TEK = router(x_TH).view(6, -1, 3).softmax(-1)
+    for level in range(3):
+        module.level = level
+        for t in range(6):
+            for e, w in zip(index_TS[t].tolist(), weight_TS[t]):
+                with torch.no_grad():
+                    y_H = expert_output(module, e, x_TH[t, None])[0]
+                total = total + p_TEK[t, e, level] * w * (y_H * c_TH[t]).sum()
+    total.backward()
+    torch.testing.assert_close(found, router.bias.grad, atol=1e-5, rtol=1e-4)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 40), st.booleans(), st.booleans())
 def test_no_width_of_an_expert_takes_more_tokens_than_its_capacity(seed, T, of_expert, padded):

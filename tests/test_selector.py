@@ -513,6 +513,7 @@ def test_the_register_lists_every_method_with_what_a_machine_needs():
             "sparsifying",
             "slimming",
             "skipping",
+            "quantizing",
         }
         assert entry.paper == "folklore" or entry.paper.startswith("arXiv:")
         assert entry.summary.endswith(".")
