@@ -119,7 +119,7 @@ def test_stored_tensors_stand_for_the_same_matrices_at_every_level(rows, columns
             assert torch.equal(w_OI, code.dense(k))
 
 
-@pytest.mark.parametrize("family", ("mixtral", "gpt-oss"))
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
 def test_a_wider_view_has_the_tensors_of_the_narrower_one_and_one_plane_more(family, made):
     _, out = made(family)
     before: dict[str, torch.Tensor] = {}
@@ -204,7 +204,7 @@ def test_a_lower_view_does_not_notice_what_is_wrong_with_higher_planes(made, ids
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("family", ("deepseek-v3", "gpt-oss"))
+@pytest.mark.parametrize("family", ["deepseek-v3", "gpt-oss"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_of_the_file_are_those_of_the_plan_and_the_formula(family, dtype, tmp_path):
     source = saved(family, tmp_path, dtype)
@@ -223,7 +223,7 @@ def test_bytes_of_the_file_are_those_of_the_plan_and_the_formula(family, dtype, 
     assert (one.parameters, one.active_parameters) == (two.parameters, two.active_parameters)
 
 
-@pytest.mark.parametrize("family", ("qwen3-moe", "gpt-oss"))
+@pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss"])
 def test_one_width_is_plain_rounding_in_groups(family, made, tmp_path):
     source, _ = made(family)
     coterie.compress(str(source), str(tmp_path / "one"), method="d2moe", parameters={**QUICK, "planes": 0})
@@ -517,7 +517,7 @@ def trained(made, ids, out, family, **parameters):
     return coterie.compress(str(folder), str(out), tokens=ids, method="d2moe-router", parameters=given)
 
 
-@pytest.mark.parametrize("family", ("qwen3-moe", "gpt-oss"))
+@pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss"])
 def test_the_checkpoint_is_the_nested_one_and_bit_routers_and_loads_everywhere(family, made, ids, tmp_path):
     _, folder = made(family)
     result = trained(made, ids, tmp_path / "out", family, mean_bits=3.0, steps=4)
