@@ -85,7 +85,7 @@ class Table:
     def views(self, seed: int) -> None:
         """Nested views by way, and each width by itself."""
         for way in WAYS:
-            parameters = {"compensate": way, "group_size": self.given.group}
+            parameters = {"compensate": way, "group_size": self.given.group, "search": True}
             out = str(self.folder / f"nested-{way}")
             api.compress(
                 self.model,

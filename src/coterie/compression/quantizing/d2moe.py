@@ -45,7 +45,9 @@ class D2Moe(Quantizer):
         description="Does a later block make up for what an earlier one lost: paper (yes), never, or best: whichever"
         " chain of widths is better.",
     )
-    search: bool = Field(True, description="Try 101 ranges for every group of the base and take the best.")
+    search: bool = Field(
+        False, description="Try 101 ranges for every group of the base and take the best: better, several times slower."
+    )
 
     @model_validator(mode="after")
     def _at_most_a_byte(self) -> D2Moe:
