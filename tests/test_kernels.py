@@ -105,6 +105,26 @@ def test_any_number_of_rows_is_multiplied(bits, rows, flags):
         assert error(kernels.grouped(s, x, [rows]), s, x, [rows]) < 1e-6
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_few_rows_of_every_dtype_are_multiplied_to_the_last_column(bits, group, rows):
+    for columns, dtype in ((128, torch.bfloat16), (333, torch.bfloat16), (768, torch.bfloat16), (333, torch.float16)):
+        s = stack([bits], (45, columns), group, dtype=torch.bfloat16)
+        x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        assert error(kernels.grouped(s, x, [rows]), s, x, [rows]) < 1e-6
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_an_infinite_input_gives_what_the_unpacked_matrix_gives(bits):
+    s = stack([bits], (45, 256), 64, dtype=torch.bfloat16)
+    x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[0, 7] = float("inf")
+    y, exact = kernels.grouped(s, x, [2]), kernels.reference(s, x.double(), [2])
+    assert torch.equal(y[0].double(), exact[0])
+    assert y[1].isfinite().all()
+
+
 def test_rows_may_be_taken_from_anywhere_and_results_put_anywhere(flags):
     s = stack([3, PLAIN, 4], (10, 70), 32)
     x, counts = torch.randn(4, 140)[:, ::2], [2, 1, 6]

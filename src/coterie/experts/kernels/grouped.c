@@ -4,8 +4,9 @@
 
        y[r, o] = sum_i x[r, i] W[o, i]        W = (q - zero) * scale in float32, as in coterie.experts.packing
 
-   Weights are rounded as torch rounds them; only the order of the sum differs. Activations are not quantized. No sum is
-   split between threads, so that their number does not change a bit of the result.
+   Weights are rounded as torch rounds them; only the order of the sum differs, and in pairs (below) where zeros and
+   scales enter it. Activations are not quantized. No sum is split between threads, so that their number does not change
+   a bit of the result.
 
    Two ways through a task. With few rows a weight lives in a register and meets each row there: time is reading codes.
    With many, a tile of weights is unpacked once into the cache and a register-tiled product runs over it.
@@ -14,6 +15,9 @@
    codes, one multi-shift makes them eight bytes, and codes of up to four bits become numbers by looking them up in a
    register that holds the group's 16 weights. Element 16 k + l of such a block is column 4 l + k, and x is put in the
    same order beforehand. Elsewhere the compiler vectorises plain loops.
+
+   With AVX-512 BF16, few bfloat16 rows meet codes of two to four bits themselves: these are exact in bfloat16, 32 pairs
+   are multiplied at a time, and scale and zero of a group meet its sum.
 
    It knows neither routers nor activations; all arguments were checked by its caller. */
 
@@ -29,6 +33,12 @@
 #include <immintrin.h>
 #else
 #define WIDE 0
+#endif
+
+#if WIDE && defined(__AVX512BF16__)
+#define PAIRS 1
+#else
+#define PAIRS 0
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -70,6 +80,7 @@ typedef struct {
     const uint32_t *words;
     const float *x;     /* [rows, blocks * BLOCK], in the order in which weights are unpacked */
     const int32_t *lane_group; /* group of every column in that order; only for groups that cut through a lane */
+    char *pairs; /* the rows of x as pairs, or NULL */
 } Matrix;
 
 INLINE float from_bits(uint32_t bits) {
@@ -123,6 +134,189 @@ static void grids(const Matrix *m, int64_t from, int64_t to, const Scratch *mine
 }
 
 #if WIDE
+
+#if PAIRS
+
+/* Pairs: a vector of 32 words holds `per_word` codes each, and column per_word * w + p of its columns is code p of word
+   w. Two words make a lane of sums, so that a group has lanes of its own. */
+INLINE int64_t per_word_of(const int64_t bits) { return bits > 2 ? 4 : 8; }
+
+/* Whether these products are taken from pairs. Only bfloat16 rows are: as a sum of two or three such numbers, others
+   took longer than by looking weights up. Over fewer columns the rounding of zero * x could show. */
+static int by_pairs(const Job *job, int64_t bits, int64_t rows) {
+    int64_t per_word = per_word_of(bits), columns = 32 * per_word, group = job->group;
+    if (job->x_kind != BFLOAT16 || rows > 4 || job->inputs < 2 * BLOCK) return 0;
+    if (bits < 2 || bits > 4) return 0; /* 8 bits gained nothing */
+    return group >= job->inputs || group % columns == 0 || (columns % group == 0 && group % (2 * per_word) == 0);
+}
+
+/* Bytes of a row of x by pairs: its vectors, and behind them the sum of each group. */
+static int64_t pair_bytes(const Job *job, int64_t bits) {
+    int64_t columns = 32 * per_word_of(bits), vectors = (job->inputs + columns - 1) / columns;
+    int64_t groups = (job->inputs + job->group - 1) / job->group;
+    return 2 * vectors * columns + (4 * groups + 63) / 64 * 64;
+}
+
+/* A row of x as vectors [vectors, per_word] of 32 bfloat16 numbers and sums [groups] of float32. Returns whether all
+   can be multiplied by 0 and have sums. */
+static int arrange_pairs(const Job *job, int64_t bits, const float *straight, char *to) {
+    int64_t per_word = per_word_of(bits), columns = 32 * per_word;
+    __m512i lane = _mm512_mullo_epi32(_mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+                                      _mm512_set1_epi32((int)per_word));
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+    __mmask16 small = 0xffff;
+    for (int64_t i = 0; i < job->inputs; i += columns)
+        for (int64_t p = 0; p < per_word; p++) {
+            __m512i first = _mm512_add_epi32(lane, _mm512_set1_epi32((int)(i + p)));
+            __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32((int)per_word));
+            __m512i end = _mm512_set1_epi32((int)job->inputs);
+            __m512 none = _mm512_setzero_ps();
+            __m512 a = _mm512_mask_i32gather_ps(none, _mm512_cmplt_epi32_mask(first, end), first, straight, 4);
+            __m512 b = _mm512_mask_i32gather_ps(none, _mm512_cmplt_epi32_mask(second, end), second, straight, 4);
+            __m512 larger = _mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b));
+            small &= _mm512_cmp_ps_mask(larger, _mm512_set1_ps(0x1p100f), _CMP_LT_OQ);
+            small &= _mm512_cmp_ps_mask(a, b, _CMP_ORD_Q);
+            __m512i high = _mm512_and_si512(_mm512_castps_si512(b), upper);
+            _mm512_store_si512(to, _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(a), 16), high));
+            to += 64;
+        }
+    for (int64_t i = 0; i < job->inputs; i += job->group, to += 4) {
+        int64_t count = job->inputs - i < job->group ? job->inputs - i : job->group;
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t k = 0; k < count; k += 16) {
+            __mmask16 there = count - k >= 16 ? 0xffff : (__mmask16)((1u << (count - k)) - 1);
+            sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(there, straight + i + k));
+        }
+        float all = _mm512_reduce_add_ps(sum);
+        memcpy(to, &all, 4);
+    }
+    return small == 0xffff;
+}
+
+INLINE __m512bh bf16(__m512i v) { return (__m512bh)v; }
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+/* `outputs` outputs from `from` on, for a few rows. */
+INLINE void pairs(const Matrix *m, const int64_t bits, const int rows, const int outputs, int64_t from, int64_t begin,
+                  const Scratch *mine) {
+    const Job *job = m->job;
+    const int64_t per_word = per_word_of(bits), columns = 32 * per_word, bytes = columns * bits / 8;
+    const int64_t vectors = (job->inputs + columns - 1) / columns, row_bytes = 4 * m->row_words;
+    const int64_t size = pair_bytes(job, bits), groups = m->groups, i = from - begin;
+    const int64_t in_vector = columns / job->group, step = in_vector ? in_vector : 1;
+    const int64_t hold = m->groups == 1 ? vectors : in_vector ? 1 : job->group / columns; /* vectors of one group */
+    const float middle = (float)(1 << (bits - 1));
+    uint16_t numbers[32]; /* by the five bits from a code's first on: those above the code do not matter */
+    for (int k = 0; k < 32; k++) {
+        float number = (float)(k & ((1 << bits) - 1)) - middle;
+        uint32_t all_bits;
+        memcpy(&all_bits, &number, 4), numbers[k] = (uint16_t)(all_bits >> 16);
+    }
+    const __m512i table = _mm512_loadu_si512(numbers);
+    uint8_t spread_of[64], shift_of[64];
+    for (int k = 0; k < 64; k++) { /* a 64-bit lane takes four words' bits, a word those of its codes */
+        spread_of[k] = (uint8_t)(k / 8 * (per_word * bits / 2) + k % 8);
+        shift_of[k] = (uint8_t)(k % 8 / 2 * per_word * bits + (k & 1) * 8);
+    }
+    const __m512i spread = _mm512_loadu_si512(spread_of), shift = _mm512_loadu_si512(shift_of);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    int up = 0; /* lanes of one group are 16 / step */
+    while ((16 >> up) > step) up++;
+    const __m512i group_of = _mm512_srlv_epi32(lane, _mm512_set1_epi32(up));
+    const __mmask64 all = bytes == 64 ? ~0ull : (1ull << bytes) - 1;
+    const int64_t rest = row_bytes - (vectors - 1) * bytes;
+    const __mmask64 end = rest >= 64 ? ~0ull : (1ull << rest) - 1;
+    const char *codes[4];
+    const float *scale[4], *zero[4];
+    __m512 sum[4][4];
+    UNROLL
+    for (int o = 0; o < outputs; o++) {
+        codes[o] = (const char *)(m->words + (from + o) * m->row_words);
+        scale[o] = mine->scale + (i + o) * groups, zero[o] = mine->zero + (i + o) * groups;
+        UNROLL
+        for (int r = 0; r < rows; r++) sum[r][o] = _mm512_setzero_ps();
+    }
+    for (int64_t g = 0; g < groups; g += 16) { /* what is between a zero and the middle meets the sums of x */
+        __mmask16 there = groups - g >= 16 ? 0xffff : (__mmask16)((1u << (groups - g)) - 1);
+        UNROLL
+        for (int o = 0; o < outputs; o++) {
+            __m512 off = _mm512_sub_ps(_mm512_set1_ps(middle), _mm512_maskz_loadu_ps(there, zero[o] + g));
+            off = _mm512_maskz_mul_ps(there, off, _mm512_maskz_loadu_ps(there, scale[o] + g));
+            UNROLL
+            for (int r = 0; r < rows; r++) {
+                const float *of_x = (const float *)(m->pairs + r * size + 2 * vectors * columns);
+                sum[r][o] = _mm512_fmadd_ps(off, _mm512_maskz_loadu_ps(there, of_x + g), sum[r][o]);
+            }
+        }
+    }
+    const char *x = m->pairs;
+    int64_t g = 0, held = hold;
+    for (int64_t j = 0; j < vectors; j++) {
+        const int last = j + 1 == vectors;
+        __m512i q[4];
+        __m512 part[4][4];
+        UNROLL
+        for (int o = 0; o < outputs; o++) {
+            _mm_prefetch(codes[o] + j * bytes + AHEAD, _MM_HINT_T0);
+            q[o] = _mm512_maskz_loadu_epi8(last ? end : all, codes[o] + j * bytes);
+            if (bits == 3) q[o] = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(spread, q[o]));
+            UNROLL
+            for (int r = 0; r < rows; r++) part[r][o] = _mm512_setzero_ps();
+        }
+        UNROLL
+        for (int p = 0; p < per_word; p++) {
+            __m512i w[4];
+            UNROLL
+            for (int o = 0; o < outputs; o++)
+                w[o] = _mm512_permutexvar_epi16(_mm512_srli_epi16(q[o], (unsigned)(p * bits)), table);
+            UNROLL
+            for (int r = 0; r < rows; r++) {
+                __m512bh of_x = bf16(_mm512_load_si512(x + r * size + 64 * p));
+                UNROLL
+                for (int o = 0; o < outputs; o++) part[r][o] = _mm512_dpbf16_ps(part[r][o], of_x, bf16(w[o]));
+            }
+        }
+        x += 64 * per_word;
+        __m512i which = last ? _mm512_min_epi32(group_of, _mm512_set1_epi32((int)(groups - 1 - g))) : group_of;
+        UNROLL
+        for (int o = 0; o < outputs; o++) {
+            __m512 by = _mm512_permutexvar_ps(which, _mm512_loadu_ps(scale[o] + g));
+            UNROLL
+            for (int r = 0; r < rows; r++) sum[r][o] = _mm512_fmadd_ps(by, part[r][o], sum[r][o]);
+        }
+        if (!--held) g += step, held = hold;
+    }
+    UNROLL
+    for (int r = 0; r < rows; r++)
+        UNROLL
+        for (int o = 0; o < outputs; o++)
+            job->y[(m->first + r) * job->y_row + (from + o) * job->y_column] = _mm512_reduce_add_ps(sum[r][o]);
+}
+
+INLINE void pairs_of(const Matrix *m, const int64_t bits, const int rows, int64_t from, int64_t to,
+                     const Scratch *mine) {
+    const int together = rows > 1 ? 2 : 4; /* as many sums as registers can hold */
+    int64_t o = from;
+    for (; o + together <= to; o += together) pairs(m, bits, rows, together, o, from, mine);
+    for (; o < to; o++) pairs(m, bits, rows, 1, o, from, mine);
+}
+
+static void in_pairs(const Matrix *m, int64_t from, int64_t to, const Scratch *mine) {
+#define CASE(BITS) \
+    case BITS: \
+        switch (m->rows) { \
+        case 1: pairs_of(m, BITS, 1, from, to, mine); break; \
+        case 2: pairs_of(m, BITS, 2, from, to, mine); break; \
+        case 3: pairs_of(m, BITS, 3, from, to, mine); break; \
+        case 4: pairs_of(m, BITS, 4, from, to, mine); break; \
+        } \
+        break;
+    switch (m->bits) { CASE(2) CASE(3) CASE(4) }
+#undef CASE
+}
+
+#endif
 
 /* How a group lies in a block, and how codes become numbers. */
 enum { LOOKUP_WHOLE, LOOKUP_HALVES, CONVERT_WHOLE, CONVERT_HALVES, CONVERT_ANY, PLAIN32, PLAIN16, PLAINB16, MODES };
@@ -365,6 +559,9 @@ static void unpacked(const Matrix *m, int64_t from, int64_t to, int64_t j0, int6
 }
 
 static int in_registers(const Matrix *m, int64_t from, int64_t to, const Scratch *mine) {
+#if PAIRS
+    if (m->pairs) return in_pairs(m, from, to, mine), 1;
+#endif
 #define CALL(MODE) \
     switch (m->rows) { \
     case 1: few_rows(m, MODE, 1, from, to, mine); break; \
@@ -506,12 +703,16 @@ static void many_rows(const Matrix *m, int64_t from, int64_t to, const Scratch *
 }
 
 /* Row r of x in float32, in the order in which the weights of its expert are unpacked, with zeros at the end. */
-static void arrange(const Matrix *m, int64_t r, float *straight, float *to) {
+static int arrange(const Matrix *m, int64_t r, float *straight, float *to) {
     const Job *job = m->job;
     int64_t source = job->row ? job->row[m->first + r] : m->first + r, length = m->blocks * BLOCK;
     widen(job->x, job->x_kind, source * job->x_stride, job->inputs, straight);
+#if PAIRS
+    if (m->pairs) return arrange_pairs(job, m->bits, straight, m->pairs + r * pair_bytes(job, m->bits));
+#endif
     memset(straight + job->inputs, 0, 4 * (length - job->inputs));
     for (int64_t j = 0; j < length; j += BLOCK) arrange_block(m, straight + j, to + j);
+    return 1;
 }
 
 static void *aligned(int64_t bytes) {
@@ -525,8 +726,12 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 int coterie_grouped(const Job *job) {
     int64_t groups = (job->inputs + job->group - 1) / job->group;
     int64_t blocks = (job->inputs + BLOCK - 1) / BLOCK, stride = blocks * BLOCK;
-    int64_t total = 0, active = 0;
+    int64_t total = 0, active = 0, paired = 0;
     for (int64_t e = 0; e < job->experts; e++) total += job->count[e], active += job->count[e] > 0;
+#if PAIRS
+    for (int64_t e = 0; e < job->experts; e++)
+        if (by_pairs(job, job->bits[e], job->count[e])) paired += job->count[e] * pair_bytes(job, job->bits[e]);
+#endif
     if (!total || !job->outputs) return 0;
     int64_t per_expert = (job->outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
     int64_t tile = larger(TILE_OUTPUTS * BLOCK * (blocks < CHUNK ? blocks : CHUNK), stride); /* or one row of x */
@@ -535,14 +740,24 @@ int coterie_grouped(const Job *job) {
     int64_t *owner = malloc(total * sizeof(int64_t));
     float *x = aligned(4 * total * stride), *work = aligned(4 * scratch * job->threads);
     int32_t *lane_group = malloc(4 * stride);
-    int failed = !matrix || !owner || !x || !work || !lane_group;
+    char *pairs = aligned(paired);
+    int failed = !matrix || !owner || !x || !work || !lane_group || !pairs, large = 0;
     if (failed) goto done;
     int64_t first = 0, seen = 0;
+#if PAIRS
+    char *next_pairs = pairs;
+#endif
     for (int64_t e = 0; e < job->experts; e++) {
         int64_t rows = job->count[e], bits = job->bits[e];
         if (!rows) continue;
         matrix[seen] = (Matrix){job, bits, (job->inputs * bits + 31) / 32, groups, blocks, job->rank[e], rows, first,
-                                job->words + job->start[e], x + first * stride, lane_group};
+                                job->words + job->start[e], x + first * stride, lane_group, NULL};
+#if PAIRS
+        if (by_pairs(job, bits, rows)) {
+            matrix[seen].pairs = next_pairs;
+            next_pairs += rows * pair_bytes(job, bits);
+        }
+#endif
         for (int64_t r = 0; r < rows; r++) owner[first + r] = seen;
         first += rows;
         seen++;
@@ -564,7 +779,19 @@ int coterie_grouped(const Job *job) {
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < total; r++) {
             const Matrix *m = &matrix[owner[r]];
-            arrange(m, r - m->first, mine.tile, x + r * stride);
+            if (!arrange(m, r - m->first, mine.tile, x + r * stride)) {
+#pragma omp atomic write
+                large = 1;
+            }
+        }
+        if (large) { /* numbers that must not meet 0, infinite ones among them: without pairs */
+#pragma omp single
+            for (int64_t i = 0; i < active; i++) matrix[i].pairs = NULL;
+#pragma omp for schedule(static)
+            for (int64_t r = 0; r < total; r++) {
+                const Matrix *m = &matrix[owner[r]];
+                arrange(m, r - m->first, mine.tile, x + r * stride);
+            }
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < active * per_expert; task++) {
@@ -576,7 +803,7 @@ int coterie_grouped(const Job *job) {
         }
     }
 done:
-    free(matrix), free(owner), free(x), free(work), free(lane_group);
+    free(matrix), free(owner), free(x), free(work), free(lane_group), free(pairs);
     return failed;
 }
 
