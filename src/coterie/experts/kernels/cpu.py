@@ -1,6 +1,6 @@
 """Grouped products with packed matrices on a CPU: the C kernel of this package, called with what torch holds.
 
-The kernel is compiled at the first product, which takes two seconds once per machine. Where that cannot be done, this
+The kernel is compiled at the first product, which takes some seconds once per machine. Where that cannot be done, this
 is said once, and torch's own operations take over: the same numbers, but slower. Threads are torch's.
 """
 

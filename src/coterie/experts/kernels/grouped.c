@@ -142,7 +142,7 @@ static void grids(const Matrix *m, int64_t from, int64_t to, const Scratch *mine
 INLINE int64_t per_word_of(const int64_t bits) { return bits > 2 ? 4 : 8; }
 
 /* Whether these products are taken from pairs. Only bfloat16 rows are: as a sum of two or three such numbers, others
-   took longer than by looking weights up. Over fewer columns the rounding of zero * x could show. */
+   gained little (one float16 row) or took longer than by looking weights up. Over fewer columns the rounding of zero * x could show. */
 static int by_pairs(const Job *job, int64_t bits, int64_t rows) {
     int64_t per_word = per_word_of(bits), columns = 32 * per_word, group = job->group;
     if (job->x_kind != BFLOAT16 || rows > 4 || job->inputs < 2 * BLOCK) return 0;
