@@ -93,6 +93,8 @@ def dynamic_program(cost_IN: Tensor, widths: Sequence[int], budget: int, *, each
         choice = np.zeros((budget + 1, states, 2), dtype=np.int64)  # option taken, and flags before it
         for j in sorted(range(options), key=lambda j: widths[j]):
             width = widths[j]
+            if width > budget:
+                continue
             for before in range(states):
                 now = before | flag.get(j, 0)
                 reached = best[: budget + 1 - width, before] + cost[i, j]
