@@ -40,10 +40,8 @@ def stack(bits, shape, group, *, symmetric=False, dtype=torch.float32, seed=0):
         scale = torch.rand(O, G, generator=generator) / 2**b
         zero = None if symmetric else torch.rand(O, G, generator=generator) * 2**b
         matrices.append(Coded(codes, b, group, scale, zero))
-    parts = packed.assembled(matrices, shape, dtype)
-    none = torch.empty(0, O, G, dtype=packing.scale_dtype(dtype))
-    scale, zero = parts.get("scale", none), parts.get("zero", None if symmetric else none)
-    return Stack(tuple(bits), shape, group, parts["packed"], scale, zero, parts["plain"])
+    parts = packed.assembled(matrices, shape, group, dtype, symmetric=symmetric)
+    return Stack(tuple(bits), shape, group, parts["packed"], parts["scale"], parts.get("zero"), parts["plain"])
 
 
 def error(y_RO, s, x_RI, counts):

@@ -59,7 +59,7 @@ def _fill(module, widths, shapes, group, *, symmetric):
             else torch.randn(shapes[p], generator=torch.Generator().manual_seed(e), dtype=plain) * 0.05
             for e, b in enumerate(bits)
         ]
-        for part, value in packed.assembled(matrices, shapes[p], plain).items():
+        for part, value in packed.assembled(matrices, shapes[p], group, plain, symmetric=symmetric).items():
             held = getattr(module, f"{part}_{p}")
             assert held.shape == value.shape, (part, held.shape, value.shape)
             held.data.copy_(value)

@@ -110,6 +110,11 @@ def linears_of(streamed: StreamedModel, index: int) -> list[Linear]:
     ]
 
 
+def all_linears(streamed: StreamedModel) -> list[Linear]:
+    """The same of all decoder layers."""
+    return [linear for index in range(len(streamed.layers)) for linear in linears_of(streamed, index)]
+
+
 def outputs_of(site: Site) -> int:
     """O of a site's matrices, gate and up counted together where they are fused."""
     return site.weights // (site.inputs * max(site.experts, 1))
@@ -162,7 +167,7 @@ def check_widths(
                     raise UsageError(
                         f"layer {index}, expert {e}, {p}: {b!r} bits", f"Give 1 to 8, or {PLAIN} to leave it as it is."
                     )
-    known = {linear.name for index in range(len(streamed.layers)) for linear in linears_of(streamed, index)}
+    known = {linear.name for linear in all_linears(streamed)}
     for name, b in linears.items():
         if name not in known:
             raise UsageError(f"the plan gives bits to {name}, which is no linear layer of this model's decoder layers")

@@ -305,11 +305,7 @@ class _Run:
     def _apply_on_text(self, plans: Mapping[int, LayerPlan], states: States, progress: Progress) -> None:
         """A second sweep with the text: each layer is looked at again, edited and written."""
         assert self.data is not None
-        kept = states.kept()
-        first = 0 if kept is None else kept + 1
-        done = self._applied()
-        if any(index < first and index not in done for index in plans):
-            first = 0
+        first = states.following(self._applied(), plans)
         for index in range(first):
             self.output.mark_written(index)
         for step in sweep(self.streamed, self.data.batches, states=states, first=first, progress=progress):
@@ -325,12 +321,8 @@ class _Run:
         """One sweep: each layer is profiled, planned, edited and written while it is in memory."""
         assert self.data is not None
         plans: dict[int, LayerPlan] = {}
-        kept = states.kept()
-        first = 0 if kept is None else kept + 1
         journal = self.work.journal()
-        recorded = {line["layer"] for line in journal}
-        if any(index < first and index not in recorded for index in self.streamed.moe):
-            first = 0  # the journal was damaged: what was decided for those layers is not known any more
+        first = states.following({line["layer"] for line in journal}, self.streamed.moe)
         for line in journal:
             if line["layer"] < first:
                 plans[line["layer"]] = LayerPlan.model_validate(line["plan"])

@@ -48,10 +48,7 @@ def profile_first(
     layers = {line["seen"]: seen.again(line["seen"], line["profile"]) for line in work.journal() if "seen" in line}
     if layers.keys() == streamed.moe.keys():
         return layers
-    kept = states.kept()
-    first = 0 if kept is None else kept + 1
-    if any(index < first and index not in layers for index in streamed.moe):
-        first = 0
+    first = states.following(layers, streamed.moe)
     for step in sweep(streamed, data.batches, states=states, first=first, progress=progress):
         if step.index not in streamed.moe:
             step.run()

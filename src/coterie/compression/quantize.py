@@ -361,10 +361,7 @@ class _Run:
     def _on_text(self, plan: BitPlan, states: States, progress: Progress) -> None:
         assert self.data is not None
         done = {line["layer"]: line for line in self.work.journal() if "layer" in line}
-        kept = states.kept()
-        first = 0 if kept is None else kept + 1
-        if any(index not in done for index in range(first)):
-            first = 0
+        first = states.following(done, range(len(self.streamed.layers)))
         for index in range(first):
             self._passed(index, done[index])
         for step in sweep(self.streamed, self.data.batches, states=states, first=first, progress=progress):
@@ -463,16 +460,12 @@ class _Run:
                 setattr(weights, field, coded.dense())
             moe.bank.write(e, weights)
         state: dict[str, Tensor] = {}
+        grids = self.output.grids
         for p, shape in shapes_of(moe).items():
-            if self.output.grids.planes is not None:
+            if grids.planes is not None:
                 parts = nested.assembled(made.pop(p), dtype)
-                state |= {f"{moe.experts_name}.{part}_{p}": value for part, value in parts.items()}
-                continue
-            parts = packed.assembled(made.pop(p), shape, dtype)
-            scales = {"scale", "zero"} if self.output.grids.symmetric is False else {"scale"}
-            for part in scales - parts.keys():  # no expert is quantized here: nothing has a scale
-                none = torch.empty(0, shape[0], packing.groups(shape[1], self.output.grids.group))
-                parts[part] = none.to(packing.scale_dtype(dtype))
+            else:
+                parts = packed.assembled(made.pop(p), shape, grids.group, dtype, symmetric=grids.symmetric)
             state |= {f"{moe.experts_name}.{part}_{p}": value for part, value in parts.items()}
         return state
 

@@ -233,7 +233,7 @@ class _Run:
         ratios = {line["watched"]: line["ratio"] for line in self.work.journal() if "watched" in line}
         if ratios.keys() == self.sites.keys():
             return ratios
-        first = self._first(states, ratios)
+        first = states.following(ratios, self.sites)
         for step in sweep(self.streamed, self.data.batches, states=states, first=first, progress=progress):
             inputs = self._watch(step, last=True)
             ratios[step.index] = self.method.outlier_ratio(
@@ -245,7 +245,7 @@ class _Run:
     def _run_and_prune(self, states: States, progress: Progress) -> None:
         assert self.data is not None
         done = self._done()
-        first = self._first(states, done)
+        first = states.following(done, self.sites)
         for index in range(first):
             self.figures[index] = done[index]
             self.output.mark_written(index)
@@ -271,12 +271,6 @@ class _Run:
 
     def _done(self) -> dict[int, Figures]:
         return {line["layer"]: line["figures"] for line in self.work.journal() if "layer" in line}
-
-    def _first(self, states: States, known: Mapping[int, object]) -> int:
-        """Where a sweep goes on: behind the kept outputs, unless what was decided before them is not known any more."""
-        kept = states.kept()
-        first = 0 if kept is None else kept + 1
-        return 0 if any(index not in known for index in range(first)) else first
 
     # -- one layer ------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from coterie.compression.bits import Allocation, Linear, linears_of, shapes_of
+from coterie.compression.bits import Allocation, Linear, all_linears, shapes_of
 from coterie.errors import UsageError
 from coterie.experts.packed import PLAIN
 from coterie.streaming.model import StreamedModel
@@ -46,7 +46,7 @@ class Weights:
         return cls(
             {index: shapes_of(moe) for index, moe in streamed.moe.items()},
             {index: moe.bank.num_experts for index, moe in streamed.moe.items()},
-            [n for index in range(len(streamed.layers)) for n in linears_of(streamed, index)],
+            all_linears(streamed),
         )
 
     def count(self, matrix: Matrix) -> int:

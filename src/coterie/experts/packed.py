@@ -321,17 +321,21 @@ def derived(kind: type, stock: type) -> type:
     return _classes[kind, stock]
 
 
-def assembled(coded: Sequence[Coded | Tensor], shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+def assembled(
+    coded: Sequence[Coded | Tensor], shape: tuple[int, int], group: int, dtype: torch.dtype, *, symmetric: bool
+) -> dict[str, Tensor]:
     """Tensors of one projection of all experts, by part, from one matrix each: codes, or [O, I] that stays as it is."""
     codes = [c for c in coded if isinstance(c, Coded)]
     plain = [c.to(dtype) for c in coded if not isinstance(c, Coded)]
-    narrow = packing.scale_dtype(dtype)
-    none = torch.empty(0, dtype=torch.int32)
-    parts = {"packed": torch.cat([none, *(c.packed().flatten() for c in codes)])}
-    if codes:
-        parts["scale"] = torch.stack([c.scale_OG for c in codes]).to(narrow)
-        if codes[0].zero_OG is not None:
-            parts["zero"] = torch.stack([c.zero_OG for c in codes if c.zero_OG is not None]).to(narrow)
+    no_code = torch.empty(0, dtype=torch.int32)
+    no_scale = torch.empty(0, shape[0], packing.groups(shape[1], group), dtype=packing.scale_dtype(dtype))
+    parts = {
+        "packed": torch.cat([no_code, *(c.packed().flatten() for c in codes)]),
+        "scale": torch.cat([no_scale, *(c.scale_OG[None].to(no_scale.dtype) for c in codes)]),
+    }
+    if not symmetric:
+        zeros = [c.zero_OG[None].to(no_scale.dtype) for c in codes if c.zero_OG is not None]
+        parts["zero"] = torch.cat([no_scale, *zeros])
     parts["plain"] = torch.stack(plain) if plain else torch.empty(0, *shape, dtype=dtype)
     return parts
 

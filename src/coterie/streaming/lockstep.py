@@ -18,7 +18,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -134,6 +134,13 @@ class States:
         """The last layer whose outputs are stored whole, or None."""
         found = sorted(self.folder.glob("after-*")) if self.folder is not None and self.folder.exists() else []
         return int(found[-1].name.removeprefix("after-")) if found else None
+
+    def following(self, known: Collection[int] = (), needed: Collection[int] = ()) -> int:
+        """Where a sweep goes on: behind the kept outputs; at the start if a needed layer before them is not known,
+        as after a damaged journal."""
+        kept = self.kept()
+        first = 0 if kept is None else kept + 1
+        return 0 if any(index < first and index not in known for index in needed) else first
 
     def restore(self, layer: int, batch: int, device: str) -> Tensor:
         assert self.folder is not None

@@ -161,8 +161,7 @@ def write_cache(
 
         if not all((work.folder / name).exists() for name in names):
             states = States(work.folder / "states", memory, durable=True)
-            kept = states.kept()
-            first = 0 if kept is None else kept + 1
+            first = states.following()
             for step in sweep(streamed, data.batches, finish=finish, states=states, first=first, progress=progress):
                 step.run()
                 work.record({"layer": step.index})  # something to go on with: the folder stays when this run is stopped

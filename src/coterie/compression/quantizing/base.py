@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field
 from torch import Tensor
 
-from coterie.compression.bits import Allocation, Grids, Linear, Role, Widths, linears_of, shapes_of
+from coterie.compression.bits import Allocation, Grids, Role, Widths, all_linears, shapes_of
 from coterie.compression.methods import OwnJob, Pick
 from coterie.compression.quantizers import Report, Spec, quantize
 from coterie.errors import UsageError
@@ -123,8 +123,7 @@ class Quantizer(OwnJob):
 
     def linears(self, streamed: StreamedModel) -> dict[str, int]:
         """{path: bits} of all linear layers by their role, those that stay left out."""
-        found: list[Linear] = [n for index in range(len(streamed.layers)) for n in linears_of(streamed, index)]
-        return {n.name: bits for n in found if (bits := self.role_bits(n.role)) != 16}
+        return {n.name: bits for n in all_linears(streamed) if (bits := self.role_bits(n.role)) != 16}
 
     def fitted(self, streamed: StreamedModel, target: int) -> Self:
         """The same method with as many bits as the bytes of all tensors allow.
