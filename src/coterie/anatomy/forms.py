@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from coterie.anatomy.experts import ExpertBank
 from coterie.anatomy.layers import MoELayer, moe_layers
+from coterie.anatomy.routers import ResidualForm, RouterForm, apply_routing, residual_form, router_form
 from coterie.anatomy.slicing import cut_experts
 from coterie.errors import CheckpointError, UsageError
 from coterie.experts import compressed, factored, levels, mapped, masks, nested, packed, packing
@@ -102,7 +103,7 @@ class Form(BaseModel):
     main : experts that run per token, the strongest of those picked; single, renormalize_main : see
     `experts.compressed`; only with main. bits : the experts are stored as codes; not with ranks or main. nested :
     they are stored as codes and planes; not with bits, ranks or main. skip : the mask router that lets a token run
-    fewer.
+    fewer. router, residual : the router and the residual rule that stand in place of the architecture's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -116,6 +117,8 @@ class Form(BaseModel):
     bits: ExpertBits | None = None
     nested: NestedBits | None = None
     skip: MaskForm | None = None
+    router: RouterForm | None = None
+    residual: ResidualForm | None = None
 
     def describe(self) -> dict[str, Any]:
         return self.model_dump(exclude_none=True)
@@ -177,6 +180,11 @@ def apply_forms(model: nn.Module, forms: Mapping[int, Form]) -> None:
             raise CheckpointError(f"config.json: layer {index} says how vectors stand in for experts, but has no main")
         if form.skip is not None:
             masks.attach(layer.experts, empty_mask_router(layer, form.skip))
+    apply_routing(
+        model,
+        {index: form.router for index, form in forms.items() if form.router is not None},
+        {index: form.residual for index, form in forms.items() if form.residual is not None},
+    )
 
 
 def form_of(layer: MoELayer) -> Form:
@@ -194,6 +202,8 @@ def form_of(layer: MoELayer) -> Form:
         bits=_bits(module),
         nested=_nested(module),
         skip=mask_form(module),
+        router=router_form(layer),
+        residual=residual_form(layer),
         **_compressed(module),
     )
 

@@ -19,6 +19,7 @@ from coterie.anatomy.experts import ExpertBank, is_experts_module
 from coterie.errors import ModelError
 from coterie.experts.compressed import main_experts
 from coterie.experts.mapped import expert_map
+from coterie.routing.base import Router
 
 
 @dataclass
@@ -131,7 +132,9 @@ def _moe_layer(model: nn.Module, prefix: str, index: int, experts_name: str) -> 
         path = f"{block_name}.{name}"
         if "shared" in name:
             shared.append(path)
-        elif child is not experts and any(p.dim() and p.shape[0] == E for p in child.parameters()):
+        elif isinstance(child, Router) or (
+            child is not experts and any(p.dim() and p.shape[0] == E for p in child.parameters())
+        ):
             routers[path] = child
     preferred = {n: m for n, m in routers.items() if _first(m, "num_experts", "top_k") is not None} or routers
     if len(preferred) != 1:

@@ -1,0 +1,1 @@
+"""Auxiliary terms, one class each."""

@@ -1,0 +1,1 @@
+"""Routers: which experts a token runs, and with what weights. One file each; any of them fits any MoE model."""
