@@ -70,7 +70,7 @@ class _Decoder(ModuleType):
 def register_config() -> None:
     """Make the config of Coterie's own decoder known under its model type."""
     sys.modules.setdefault(_DECODER, _Decoder(_DECODER))
-    sys.modules[_CONFIGS].CONFIG_MAPPING_NAMES["coterie"] = "CoterieConfig"  # type: ignore[attr-defined]
+    sys.modules[_CONFIGS].CONFIG_MAPPING_NAMES["coterie"] = "CoterieConfig"
 
 
 def register_decoder() -> None:

@@ -189,6 +189,9 @@ class Router(nn.Module):
         """Start from the weights of a trained linear router, one row per expert; False: this kind cannot."""
         return False
 
+    def at(self, step: int, steps: int) -> None:
+        """Told before every training step which one it is of how many; most routers do not care."""
+
     # -- the contract --------------------------------------------------------------------------------------------------
 
     @property
