@@ -18,7 +18,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class Load:
             "dropped": self.dropped / max(self.slots + self.dropped, 1),
             "entropy": self.entropy / max(self.tokens, 1),
         }
-        return told | load_figures(self.load_N[: self.experts])
+        return told | asdict(load_figures(self.load_N[: self.experts]))
 
 
 class Loads:
