@@ -27,9 +27,11 @@ __all__ = [
     "match_pattern",
     "plan",
     "profile",
+    "race",
     "score_tasks",
     "skipping",
     "super_experts",
+    "train",
     "unpack",
 ]
 

@@ -125,7 +125,15 @@ def remember(model: nn.Module) -> None:
     config: Any = model.config
     held: Any = getattr(config, "quantization_config", None)
     entry = held.to_dict() if hasattr(held, "to_dict") else held
-    layers = {str(layer.index): told for layer in moe_layers(model) if (told := form_of(layer).describe())}
+    found = moe_layers(model)
+    if hasattr(config, "remember"):  # a decoder of ours says in its own config what it is made of
+        ours = {layer.index: layer.router for layer in found if isinstance(layer.router, Router)}
+        rules = {layer.index: rule for layer in found if (rule := momentum(layer.block)) is not None}
+        config.remember(
+            {index: {"kind": router.kind, **_told(router.settings)} for index, router in ours.items()},
+            {index: _told(rule.residual) for index, rule in rules.items()},
+        )
+    layers = {str(layer.index): told for layer in found if (told := form_of(layer).describe())}
     if not layers:
         return
     config.quantization_config = {**marked(entry, importlib.metadata.version("coterie")), "layers": layers}

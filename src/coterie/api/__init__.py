@@ -16,7 +16,7 @@ from coterie.api.shrink import (
     recipe_requests,
     unpack,
 )
-from coterie.api.train import finetune, heal
+from coterie.api.train import finetune, heal, race, train, training_config
 from coterie.api.use import evaluate, load, score_tasks, skipping
 
 __all__ = [
@@ -39,9 +39,12 @@ __all__ = [
     "plan",
     "prepare",
     "profile",
+    "race",
     "recipe_requests",
     "score_tasks",
     "skipping",
     "super_experts",
+    "train",
+    "training_config",
     "unpack",
 ]

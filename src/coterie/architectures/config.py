@@ -153,6 +153,20 @@ class CoterieConfig(PreTrainedConfig):  # type: ignore[misc]
             shared=int(own.get("num_shared_experts", self.num_shared_experts)),
         )
 
+    def remember(self, routers: Mapping[int, dict[str, Any]], residuals: Mapping[int, dict[str, Any]]) -> None:
+        """Take over settings as they are now in a model: what most layers have stands at the top."""
+        for name, found in (("router", routers), ("residual", residuals)):
+            common = _commonest(found)
+            if common is None:
+                continue
+            setattr(self, name, common)
+            for index, told in found.items():
+                own = self.layers.setdefault(str(index), {})
+                own.pop(name, None)
+                if told != common:
+                    own[name] = told
+        self.layers = {key: own for key, own in self.layers.items() if own}
+
     def _check(self) -> None:
         sizes = (
             "vocab_size",
@@ -187,3 +201,8 @@ class CoterieConfig(PreTrainedConfig):  # type: ignore[misc]
                 raise UsageError(f"attention {layer.attention!r} is unknown", f"There are: {', '.join(ATTENTIONS)}.")
             if layer.attention == "sliding" and not self.sliding_window:
                 raise UsageError("sliding attention needs a sliding_window", "Say how many tokens it sees.")
+
+
+def _commonest(found: Mapping[int, dict[str, Any]]) -> dict[str, Any] | None:
+    counts = [(sum(told == other for other in found.values()), -index) for index, told in found.items()]
+    return dict(found[-max(counts)[1]]) if counts else None

@@ -94,4 +94,6 @@ class Bias:
         for layer, load_E in sorted(load.items()):
             bias_E = getattr(self.routers[layer], BIAS)
             how = self.settings
-            bias_E.copy_(step(bias_E, reduce(load_E), rule=how.rule, u=how.u, schedule=how.schedule, iteration=iteration))
+            bias_E.copy_(
+                step(bias_E, reduce(load_E), rule=how.rule, u=how.u, schedule=how.schedule, iteration=iteration)
+            )

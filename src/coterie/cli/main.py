@@ -19,6 +19,8 @@ from coterie.cli.methods import methods
 from coterie.cli.patterns import patterns
 from coterie.cli.plan import plan
 from coterie.cli.profile import profile
+from coterie.cli.race import race
+from coterie.cli.train import train
 from coterie.errors import CoterieError
 
 app = typer.Typer(
@@ -57,7 +59,7 @@ def root(
     """
 
 
-for _verb in (inspect, profile, plan, compress, compare, evaluate, export, finetune, heal, methods, demo):
+for _verb in (inspect, profile, plan, compress, compare, evaluate, export, train, race, finetune, heal, methods, demo):
     app.command(no_args_is_help=_verb not in (methods, demo))(_verb)
 
 app.add_typer(analyze, name="analyze")

@@ -1,15 +1,15 @@
 """What `coterie train` is told: one YAML file, every field typed, bounded and documented.
 
-    model:                          # a fresh decoder ...
-      hidden_size: 256
-      num_experts: 16
-      router: {kind: top-k, top_k: 2}
-    balancing: [{name: switch, weight: 0.01}]
-    data: [corpus/]
-    training: {steps: 2000, batch_size: 16, length: 256, rate: 1e-3}
+model:                          # a fresh decoder ...
+  hidden_size: 256
+  num_experts: 16
+  router: {kind: top-k, top_k: 2}
+balancing: [{name: switch, weight: 0.01}]
+data: [corpus/]
+training: {steps: 2000, batch_size: 16, length: 256, rate: 1e-3}
 
-    init: mistralai/Mixtral-8x7B-v0.1          # ... or a checkpoint, perhaps with another router
-    router: {kind: adamoe, nulls: 8, top_k: 3}
+init: mistralai/Mixtral-8x7B-v0.1          # ... or a checkpoint, perhaps with another router
+router: {kind: adamoe, nulls: 8, top_k: 3}
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class TrainConfig(BaseModel):
 
 
 def read_config(file: Path, changes: dict[str, Any] | None = None) -> TrainConfig:
-    """A config from YAML; `changes` : {dotted.name: value} that are set in it. Raises UsageError that names the field."""
+    """A config from YAML, with `changes` {dotted.name: value} set in it. Raises UsageError that names the field."""
     try:
         told = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -162,4 +162,6 @@ def checked_config(told: dict[str, Any], where: str) -> TrainConfig:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{where}: {name + ': ' if name else ''}{first['msg'].removeprefix('Value error, ')}") from error
+        raise UsageError(
+            f"{where}: {name + ': ' if name else ''}{first['msg'].removeprefix('Value error, ')}"
+        ) from error

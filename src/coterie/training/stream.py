@@ -73,11 +73,13 @@ def tokenized(
     folder: Path,
     *,
     tokens: int,
-    hold_out: bool = True,
+    held_out: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Stream:
     """Write up to `tokens` tokens of the text to `folder`, or find them there, written whole by an earlier run.
+
+    held_out : tokens of each domain to keep apart, if so many are there; 0: none.
 
     Raises DataError for text that is missing, unreadable or empty, and for a single document of which a part would have
     to be held out.
@@ -96,8 +98,12 @@ def tokenized(
                 if not ids:
                     continue
                 stream.documents += 1
-                if hold_out and _held(document):
+                if held_out and _held(document):
                     stream.held_out.setdefault(domain, []).append(ids)
+                    continue
+                if stream.tokens >= tokens:
+                    if _enough(stream, held_out):
+                        break
                     continue
                 data = np.asarray(ids, dtype=np.uint32).tobytes()
                 sha.update(data)
@@ -105,13 +111,11 @@ def tokenized(
                 stream.tokens += len(ids)
                 stream.domains[domain] = stream.domains.get(domain, 0) + len(ids)
                 bar.layer(min(99, 100 * stream.tokens // tokens))
-                if stream.tokens >= tokens and (not hold_out or stream.held_out):
-                    break
     except OSError as error:
         raise OutputError(f"cannot write tokens to {folder}: {error.strerror}") from error
     finally:
         bar.done()
-    _check(stream, sources, hold_out=hold_out)
+    _check(stream, sources, hold_out=bool(held_out))
     stream.digest = sha.hexdigest()
     told = {**stream.__dict__, "file": file.name}
     (folder / _DONE).write_text(json.dumps(told))
@@ -162,6 +166,12 @@ def _check(stream: Stream, sources: Sequence[str], *, hold_out: bool) -> None:
             " for evaluation",
             "Give more documents, or other text to evaluate on (evaluate: in the config, or --evaluate).",
         )
+
+
+def _enough(stream: Stream, held_out: int) -> bool:
+    """Is so much of every domain held out, or was far more text read than it should take?"""
+    counts = [sum(map(len, stream.held_out.get(domain, []))) for domain in stream.domains]
+    return all(count >= held_out for count in counts) or stream.documents > 2**17
 
 
 def _held(document: Document) -> bool:
