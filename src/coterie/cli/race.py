@@ -13,9 +13,7 @@ from coterie.cli.progress import Bar
 @verb
 def race(
     common: Common,
-    configs: Annotated[
-        list[str], typer.Argument(help="YAML files as for `coterie train`; the first is the reference.")
-    ],
+    configs: Annotated[list[str], typer.Argument(help="YAML files as of `coterie train`; the first is the reference.")],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for results.")] = "race",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds: each config is trained so often.")] = 3,
     equal: Annotated[str, typer.Option(help="What all get the same of: tokens or flops.")] = "tokens",
@@ -77,7 +75,7 @@ def race(
     ]
     table(
         f"held-out loss, nats per token, {seeds} seed{'s' * (seeds > 1)}: {out}",
-        [*heads, "tokens/s"],
+        [*heads, "GFLOP/token", "tokens/s"],
         [_row(row) for row in result.table()],
     )
     say(f"± two standard errors over seeds; curves: {Path(out) / 'race.html'}")
