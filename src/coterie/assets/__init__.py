@@ -150,8 +150,9 @@ def write_library_texts(folder: Path) -> tuple[Path, Path]:
             f"{len(files)} Python sources in {library}: too few to train on",
             "Use an interpreter that has its standard library as .py files, or pass your own text.",
         )
-    for place, chosen in (("train", lambda i: i % 16 != 0), ("evaluate", lambda i: i % 16 == 0)):
-        documents = [_code_and_documentation(file) for i, file in enumerate(files) if chosen(i)]
+    for place in ("train", "evaluate"):
+        chosen = [file for i, file in enumerate(files) if (i % 16 == 0) == (place == "evaluate")]
+        documents = [_code_and_documentation(file) for file in chosen]
         try:
             (folder / place).mkdir(parents=True, exist_ok=True)
             for number, domain in enumerate(("code", "documentation")):
@@ -177,7 +178,7 @@ def _code_and_documentation(file: Path) -> tuple[str, str]:
             text = ast.get_docstring(node)
             if text:
                 strings.append(text)
-                string = node.body[0]
+                string: ast.stmt = node.body[0]
                 for number in range(string.lineno - 1, string.end_lineno or string.lineno):
                     lines[number] = ""
     return "".join(lines), "\n\n".join(strings)
