@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from coterie.analysis.gaussian_moe import GaussianMoE, fit, generate, moved, near, scores
+from coterie.analysis.gaussian_moe import GaussianMoE, _gate_step, fit, generate, moved, near, scores
 from coterie.analysis.identifiability import ACTIVATIONS, independence, largest_weight, value_and_slope
 from coterie.analysis.rates import errors, hellinger, slope, voronoi_loss
 from coterie.errors import UsageError
@@ -231,8 +231,6 @@ def test_a_full_step_of_the_gate_can_overshoot_and_is_halved():
     model = anywhere("tanh", 40, 2, 1)
     gradient_RP, curvature_RPP = scores(model, share_RET, x_RDT)
     full = moved(model, torch.linalg.solve(curvature_RPP, gradient_RP.unsqueeze(-1)).squeeze(-1))
-    from coterie.analysis.gaussian_moe import _gate_step
-
     before, whole, taken = (
         (share_RET * m.log_weights(x_RDT)).sum((1, 2)) for m in (model, full, _gate_step(model, share_RET, x_RDT))
     )

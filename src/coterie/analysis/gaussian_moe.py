@@ -9,9 +9,10 @@ The model in which the paper asks how fast the parameters of a router can be lea
 Q = sum_ti r_ti log w_ti, in (beta_1, beta_0, log tau), halved until Q does not fall: with an activation Q is not
 concave, and a full step may overshoot. So the likelihood never falls, and tau stays positive.
 
-The gate of the last expert is fixed at beta_1 = beta_0 = 0, as in simulations of softmax-gated experts: the softmax
-does not see a common shift. Along the flat direction of the linear gate, (c beta, c tau), scoring has no gradient and
-the fit stays where it started. What errors mean and how fast they fall is told by `rates`.
+The gate of the last expert is fixed at beta_1 = beta_0 = 0, as in simulations of softmax-gated experts. For a linear
+router that loses nothing, since the softmax sees no common shift; with an activation it is part of the model studied.
+Along the flat direction of the linear gate, (c beta, c tau), scoring has no gradient and the fit stays where it started.
+What errors mean and how fast they fall is told by `rates`.
 """
 
 # Shapes: R repetitions, T points, D inputs, E experts, P free parameters of the gate; points come last, they are many
@@ -54,6 +55,7 @@ class GaussianMoE:
         return self.logits(x_RDT).log_softmax(1)
 
     def logits(self, x_RDT: Tensor) -> Tensor:
+        """What the softmax of the gate sees. Shape [R, E, T]."""
         z_RET = self.beta_RED @ x_RDT
         return (self.activation(z_RET) + self.bias_RE.unsqueeze(-1)) / self.tau_R[:, None, None]
 
@@ -84,7 +86,7 @@ def generate(
     inputs: Literal["uniform", "normal"] = "uniform",
     reach: float = 3.0,
 ) -> tuple[Tensor, Tensor]:
-    """Independent samples of one model: x [R, D, T] and y [R, T], float64.
+    """Independent samples of one model (R = 1): x [R, D, T] and y [R, T], float64.
 
     inputs : uniform on [-reach, reach] in each dimension, or standard normal.
     """
