@@ -11,7 +11,7 @@ concave, and a full step may overshoot. So the likelihood never falls, and tau s
 
 The gate of the last expert is fixed at beta_1 = beta_0 = 0, as in simulations of softmax-gated experts. For a linear
 router that loses nothing, since the softmax sees no common shift; with an activation it is part of the model studied.
-Along the flat direction of the linear gate, (c beta, c tau), scoring has no gradient and the fit stays where it started.
+Along its flat direction, (c beta, c tau), the linear gate has no gradient, and the fit stays where it started.
 What errors mean and how fast they fall is told by `rates`.
 """
 
