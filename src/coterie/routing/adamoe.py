@@ -72,7 +72,12 @@ class AdaMoE(Router):
         probability_TN = logits_TN.softmax(-1)
         index_TK = probability_TN.detach().topk(self.top_k, dim=-1).indices
         true_TK = index_TK < self.num_experts
-        weight_TK = combined(probability_TN.gather(-1, index_TK), self.settings.combine, true_TK) * self.settings.scale
+        picked_TK = probability_TN.gather(-1, index_TK)
+        if self.settings.combine == "renormalised":
+            # The softmax's denominator cancels. Without it in the graph it does so exactly, and nulls get no gradient.
+            logits_TK = logits_TN.gather(-1, index_TK)
+            picked_TK = picked_TK.detach() * (logits_TK - logits_TK.detach()).exp()
+        weight_TK = combined(picked_TK, self.settings.combine, true_TK) * self.settings.scale
         return Routing(logits_TN, probability_TN, index_TK, weight_TK, self.num_experts, self.settings.combine)
 
     def dial(self, **values: Any) -> None:
