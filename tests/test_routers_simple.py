@@ -755,7 +755,7 @@ def test_padding_takes_no_place_with_any_expert(pool: str) -> None:
         assert torch.equal(routing.chosen_TN()[12:], decide(router, x_TH[12:]).chosen_TN())
 
 
-# -- settings and weights -----------------------------------------------------------------------------------------------
+# -- settings and weights ----------------------------------------------------------------------------------------------
 
 
 def test_weights_by_each_way_of_combining() -> None:
