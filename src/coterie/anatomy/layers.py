@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from coterie.anatomy.architectures import quirks_of
 from coterie.anatomy.experts import ExpertBank, is_experts_module
@@ -69,8 +69,14 @@ class MoELayer:
         return min(main_experts(self.experts) or self.top_k, self.top_k)
 
     @property
+    def router_like(self) -> Tensor:
+        """A tensor with the device and dtype of the router; of its decoder layer where a router has no numbers."""
+        tensors = (*self.router.parameters(), *self.router.buffers(), *self.decoder.parameters())
+        return next(tensor for tensor in tensors if tensor.is_floating_point())
+
+    @property
     def router_device(self) -> torch.device:
-        return next(self.router.parameters()).device
+        return self.router_like.device
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -177,8 +183,14 @@ def _first(owner: object, *names: str) -> int | None:
 
 
 def refuse_unsliceable(model: nn.Module) -> None:
-    """Raise ModelError where the architecture table says that experts cannot be removed from this model."""
+    """Raise ModelError where the architecture table, or a router of ours, says that experts cannot be removed."""
     model_type = model.config.get_text_config(decoder=True).model_type  # type: ignore[union-attr,operator]
     reason = quirks_of(model_type).unsliceable
     if reason:
         raise ModelError(f"experts of {model_type} cannot be removed: {reason}")
+    for layer in moe_layers(model):
+        if isinstance(layer.router, Router) and layer.router.unsliceable:
+            raise ModelError(
+                f"experts cannot be removed: the {layer.router.kind} router of layer {layer.index}"
+                f" {layer.router.unsliceable}"
+            )

@@ -83,7 +83,7 @@ def put_routers(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer in chosen:
-            told = {**_as_before(layer, cls), **(settings or {})}
+            told = {**_as_before(model, layer, cls), **(settings or {})}
             old = layer.router
             router = place_router(model, layer, RouterForm(kind=kind, settings=told))
             router.reset(_spread(model))
@@ -174,8 +174,7 @@ def place_router(model: nn.Module, layer: MoELayer, form: RouterForm) -> Router:
     """
     cls = router_class(form.kind)
     told = checked(form.kind, cls.Settings, dict(form.settings))
-    parameter = next(layer.router.parameters())
-    how: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
+    how: dict[str, Any] = {"device": layer.router_like.device, "dtype": layer.router_like.dtype}
     router = cls(layer.bank.hidden_size, layer.router_size, told, layer=layer.index, **how)
     layer.block.set_submodule(layer.router_name.rpartition(".")[2], router)
     layer.experts._is_expert_parallel = True  # type: ignore[assignment]  # transformers' own forwards then expect "no expert"
@@ -260,16 +259,19 @@ def _reset(module: nn.Module, std: float) -> None:
 
 
 @torch.no_grad()
-def _as_before(layer: MoELayer, cls: type[Router]) -> dict[str, Any]:
+def _as_before(model: nn.Module, layer: MoELayer, cls: type[Router]) -> dict[str, Any]:
     """What the router that is replaced says about itself: by its attributes and by what it does with random tokens."""
     fields = cls.Settings.model_fields
     found: dict[str, Any] = {}
-    if "top_k" in fields:
+    if "top_k" in fields and "most" not in fields:
         found["top_k"] = layer.top_k
+    if "vocabulary" in fields:
+        text: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+        found["vocabulary"] = int(text.vocab_size)
     if "groups" in fields and layer.groups > 1:
         found |= {"groups": layer.groups, "groups_used": layer.groups_used}
     if "scale" in fields and "combine" in fields and not isinstance(layer.router, Router):
-        parameter = next(layer.router.parameters())
+        parameter = layer.router_like
         if parameter.device.type != "meta" and expert_map(layer.experts) is None:
             generator = torch.Generator().manual_seed(0)
             x_TH = torch.randn(64, layer.bank.hidden_size, generator=generator).to(parameter)

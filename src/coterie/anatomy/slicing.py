@@ -82,6 +82,8 @@ def slice_names(layer: MoELayer) -> dict[str, int]:
         E = layer.num_experts if module is layer.experts else layer.router_size
         tensors = [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
         for name, tensor in tensors:
+            if name in getattr(module, "not_per_expert", ()):
+                continue
             if tensor.dim() and tensor.shape[0] == E:
                 found[f"{path}.{name}"] = 0
             elif tensor.numel() == E:  # a [1, E] bias, as Ernie keeps it

@@ -40,6 +40,11 @@ class Term(BaseModel):
 
     weight: float = Field(default=0.01, ge=0)
 
+    @property
+    def label(self) -> str:
+        """What its value and its scale are called: the name, unless one name can stand for several terms."""
+        return self.name
+
     def of(self, routing: Routing, record: Record) -> Tensor | None:
         """The term of one layer, a scalar, not yet weighted; None where the layer's router has nothing to it."""
         raise NotImplementedError
@@ -102,8 +107,8 @@ class Balance:
             found = [value for r in record.routings.values() if (value := part.of(r, record)) is not None]
             if found:
                 value = torch.stack(found).mean()
-                self.told[part.name] = float(value.detach())
-                weight = part.weight * self.scale.get(part.name, 1.0)
+                self.told[part.label] = float(value.detach())
+                weight = part.weight * self.scale.get(part.label, 1.0)
                 if weight:
                     loss = loss + weight * value.to(loss)
         return loss

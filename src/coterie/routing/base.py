@@ -137,6 +137,7 @@ class Router(nn.Module):
     paper: ClassVar[str] = ""
     # why experts cannot be removed from a model with this router; "" if its tensors have one row per expert
     unsliceable: ClassVar[str] = ""
+    not_per_expert: ClassVar[tuple[str, ...]] = ()  # tensors whose rows are no experts, though there may be E of them
     # a token's route depends on later tokens or on other sequences: such a model cannot generate as it was trained
     looks_ahead: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = False  # the attention probabilities of its block, see `record`
@@ -310,6 +311,6 @@ def grouped(score_TE: Tensor, groups: int, used: int, best: int) -> Tensor:
 
 
 def entropy(probability: Tensor) -> Tensor:
-    """-sum p log p over the last dimension, in nats; finite where some p are 0."""
-    entropies: Tensor = torch.special.entr(probability)
-    return entropies.sum(-1)
+    """-sum p log p over the last dimension, in nats; it and its gradient are finite where some p are 0."""
+    tiny = torch.finfo(probability.dtype).tiny
+    return -(probability * probability.clamp(min=tiny).log()).sum(-1)
