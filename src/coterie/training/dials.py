@@ -114,7 +114,7 @@ class Turning(TrainerCallback):  # type: ignore[misc]
             if owner == "router":
                 self._turn_routers(name, value)
             elif owner == "balance":
-                if self.balance is None or name not in {part.name for part in self.balance.parts}:
+                if self.balance is None or name not in {part.label for part in self.balance.parts}:
                     raise UsageError(f"the schedule of {what} has no balancing term to turn", "Add it to balancing.")
                 self.balance.scale[name] = value
             else:
