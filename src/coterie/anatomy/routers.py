@@ -23,7 +23,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from coterie.anatomy.layers import MoELayer, decoder_layers, moe_layers
+from coterie.anatomy.layers import MoELayer, any_moe_layers, decoder_layers, moe_layers
 from coterie.errors import CheckpointError, UsageError
 from coterie.experts.mapped import expert_map
 from coterie.routing import record
@@ -125,7 +125,7 @@ def remember(model: nn.Module) -> None:
     config: Any = model.config
     held: Any = getattr(config, "quantization_config", None)
     entry = held.to_dict() if hasattr(held, "to_dict") else held
-    found = moe_layers(model)
+    found = any_moe_layers(model)
     if hasattr(config, "remember"):  # a decoder of ours says in its own config what it is made of
         ours = {layer.index: layer.router for layer in found if isinstance(layer.router, Router)}
         rules = {layer.index: rule for layer in found if (rule := momentum(layer.block)) is not None}
