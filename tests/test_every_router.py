@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from transformers import AutoModelForCausalLM
 from coterie.anatomy.routers import put_routers
 from coterie.routing.base import router_class, routers
 from families import tiny
-
-importlib.import_module("coterie")
 
 KINDS = list(routers())
 MODELS = ("mixtral", "qwen3-moe", "olmoe", "deepseek-v3")

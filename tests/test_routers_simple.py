@@ -683,6 +683,13 @@ def test_all_logits_get_gradients_while_the_gate_is_soft(weights: str) -> None:
     assert router.weight.grad.any(-1).all()
 
 
+def test_the_hard_gate_learns_through_the_weight_of_its_expert_alone() -> None:
+    for combine, learns in (("raw", True), ("unit", False)):
+        router: Any = alone("dts", {"hard": True, "top_k": 1, "combine": combine}).train()
+        routing = decide(router, numbers(20, 16))
+        assert routing.weight_TK.requires_grad == learns
+
+
 def test_the_gate_in_use_has_no_noise_and_the_softmax_as_weight() -> None:
     for told in ({"top_k": 1}, {"top_k": 1, "weights": "gumbel"}, {"top_k": 1, "hard": True}):
         router = alone("dts", told)
@@ -753,6 +760,13 @@ def test_padding_takes_no_place_with_any_expert(pool: str) -> None:
     else:
         assert torch.equal(routing.chosen_TN()[5:12], decide(router, x_TH[5:12]).chosen_TN())
         assert torch.equal(routing.chosen_TN()[12:], decide(router, x_TH[12:]).chosen_TN())
+
+
+def test_a_row_of_padding_alone_gets_no_expert() -> None:
+    mask = torch.tensor([[True] * 12, [False] * 12])
+    routing = decide(alone("expert-choice", {"pool": "sequence"}), numbers(24, 16), shape=(2, 12), mask_BL=mask)
+    assert routing.chosen_TN()[:12].sum() == 24
+    assert not routing.chosen_TN()[12:].any()
 
 
 # -- settings and weights ----------------------------------------------------------------------------------------------

@@ -10,6 +10,9 @@ A token that picked nulls alone has no weight: the layer adds nothing, and share
 k E / (E + M) true experts run per token. What drives the load there is a loss: `null` of `balancing.losses`, strong at
 first and weak later. Without it the null rows learn nothing, for renormalising cancels their mass.
 
+With the "coterie" experts implementation time falls with the load. transformers' grouped one still moves a row for each
+null slot, which eats the gain.
+
 Starting from a trained router, null rows are copies of its rows in turn, plus noise, so that ties have no fixed winner.
 A model that applies probabilities as they are (OLMoE) should keep "raw"; the nulls' mass then lowers all its weights.
 
