@@ -27,12 +27,12 @@ are not to be had. It knows neither routers nor losses.
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
@@ -40,6 +40,25 @@ from coterie.experts.forward import experts_forward
 from coterie.experts.kernels import dense
 
 NAME = "coterie_train"
+
+
+_buffers = threading.local()
+
+
+def release_buffers() -> None:
+    """Free what this thread keeps between calls, three [R, H] or [R, I] buffers: fresh memory costs page faults, which
+    for small experts take as long as products."""
+    _buffers.__dict__.clear()
+
+
+def _buffer(name: str, rows: int, columns: int, like: Tensor) -> Tensor:
+    """Memory [rows, columns] that nobody needs after this call of an autograd function."""
+    if like.device.type != "cpu":  # elsewhere torch keeps freed memory itself
+        return like.new_empty(rows, columns)
+    held: Tensor | None = getattr(_buffers, name, None)
+    if held is None or held.dtype != like.dtype or held.numel() < rows * columns:
+        setattr(_buffers, name, held := like.new_empty(rows * columns))
+    return held[: rows * columns].view(rows, columns)
 
 
 class Routes(NamedTuple):
@@ -88,7 +107,7 @@ def _inputs_first(weight: Tensor, transposed: bool) -> Tensor:
 
 
 def _bias_gradient(bias_EO: Tensor, counts: list[int], grad_RO: Tensor) -> Tensor:
-    parts = grad_RO.split(counts)
+    parts = torch.split(grad_RO, counts)
     return torch.stack([part.sum(0, dtype=bias_EO.dtype) for part in parts])
 
 
@@ -123,7 +142,7 @@ class _Up(torch.autograd.Function):
         grad_RP = grad_RP.contiguous()
         grad_x = grad_weight = grad_bias = None
         if for_x:
-            grad_RH = x_TH.new_empty(len(grad_RP), x_TH.shape[1])
+            grad_RH = _buffer("rows", len(grad_RP), x_TH.shape[1], x_TH)
             dense.times(grad_RP, None, _inputs_first(weight, not ctx.transposed), routes.counts, grad_RH)
             grad_x = routes.summed(grad_RH).to(ctx.dtype)
         if for_weight:
@@ -153,10 +172,12 @@ class _Down(torch.autograd.Function):
         ctx.routes, ctx.transposed, ctx.gated = routes, transposed, gated
         w_EIH = _inputs_first(weight, transposed)
         weight_R = weight_TK.reshape(-1)[routes.slot_R]
-        weighted_RI = (
-            dense.silu_gate(inner_RP, weight_R) if gated else (inner_RP * weight_R[:, None]).to(inner_RP.dtype)
-        )
-        y_RH = inner_RP.new_empty(len(inner_RP), w_EIH.shape[2])
+        if gated:
+            weighted_RI = _buffer("weighted", len(inner_RP), inner_RP.shape[1] // 2, inner_RP)
+            dense.silu_gate(inner_RP, weight_R, weighted_RI)
+        else:
+            weighted_RI = (inner_RP * weight_R[:, None]).to(inner_RP.dtype)
+        y_RH = _buffer("rows", len(inner_RP), w_EIH.shape[2], inner_RP)
         dense.times(weighted_RI, None, w_EIH, routes.counts, y_RH)
         if bias_EH is not None:
             dense.add_bias(y_RH, bias_EH, routes.counts, weight_R)
@@ -170,10 +191,11 @@ class _Down(torch.autograd.Function):
         weight_R = weight_TK.reshape(-1)[routes.slot_R]
         narrow_TH = grad_TH.to(inner_RP.dtype).contiguous()
         grad_inner = grad_routing = grad_weight = grad_bias = None
-        grad_RI = inner_RP.new_empty(len(inner_RP), inner_RP.shape[1] // (2 if ctx.gated else 1))
+        grad_RI = _buffer("grad", len(inner_RP), inner_RP.shape[1] // (2 if ctx.gated else 1), inner_RP)
         dense.times(narrow_TH, routes.token_R, _inputs_first(weight, not ctx.transposed), routes.counts, grad_RI)
         if ctx.gated:
-            grad_inner, weighted_RI, grad_R = dense.silu_gate_backward(inner_RP, weight_R, grad_RI)
+            weighted_RI = _buffer("weighted", *grad_RI.shape, inner_RP)
+            grad_inner, grad_R = dense.silu_gate_backward(inner_RP, weight_R, grad_RI, weighted_RI)
         else:
             grad_inner = (grad_RI * weight_R[:, None]).to(inner_RP.dtype)
             weighted_RI = (inner_RP * weight_R[:, None]).to(inner_RP.dtype)
@@ -186,7 +208,7 @@ class _Down(torch.autograd.Function):
             grad_RH = grad_TH[routes.token_R]
             if for_bias:
                 grad_bias = _bias_gradient(bias_EH, routes.counts, grad_RH * weight_R[:, None])
-            parts = zip(bias_EH, grad_RH.split(routes.counts))
+            parts = zip(bias_EH, torch.split(grad_RH, routes.counts))
             grad_R = grad_R + torch.cat([part_RH @ bias_H.to(part_RH.dtype) for bias_H, part_RH in parts])
         if for_routing:
             grad_routing = torch.zeros_like(weight_TK, memory_format=torch.contiguous_format)
