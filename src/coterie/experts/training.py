@@ -32,10 +32,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
+from coterie.errors import UsageError
+from coterie.experts.forward import NAME as REFERENCE
 from coterie.experts.forward import experts_forward
 from coterie.experts.kernels import dense
 
@@ -111,6 +112,14 @@ def _bias_gradient(bias_EO: Tensor, counts: list[int], grad_RO: Tensor) -> Tenso
     return torch.stack([part.sum(0, dtype=bias_EO.dtype) for part in parts])
 
 
+def _once() -> None:
+    if torch.is_grad_enabled():
+        raise UsageError(
+            f"the experts implementation {NAME!r} has no second derivative (create_graph=True)",
+            f"Take set_experts_implementation({REFERENCE!r}) where gradients of gradients are needed.",
+        )
+
+
 class _Up(torch.autograd.Function):
     """Up, and gate, of every routed row: [T, H] -> [R, P]."""
 
@@ -135,8 +144,8 @@ class _Up(torch.autograd.Function):
         return up_RP
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_RP: Tensor) -> tuple[Tensor | None, ...]:
+        _once()
         x_TH, weight, bias_EP = ctx.saved_tensors
         routes, (for_x, for_weight, for_bias, *_) = ctx.routes, ctx.needs_input_grad
         grad_RP = grad_RP.contiguous()
@@ -184,8 +193,8 @@ class _Down(torch.autograd.Function):
         return routes.summed(y_RH)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
+        _once()
         inner_RP, weight_TK, weight, bias_EH = ctx.saved_tensors
         routes, (for_inner, for_routing, for_weight, for_bias, *_) = ctx.routes, ctx.needs_input_grad
         weight_R = weight_TK.reshape(-1)[routes.slot_R]
@@ -194,7 +203,7 @@ class _Down(torch.autograd.Function):
         grad_RI = _buffer("grad", len(inner_RP), inner_RP.shape[1] // (2 if ctx.gated else 1), inner_RP)
         dense.times(narrow_TH, routes.token_R, _inputs_first(weight, not ctx.transposed), routes.counts, grad_RI)
         if ctx.gated:
-            weighted_RI = _buffer("weighted", *grad_RI.shape, inner_RP)
+            weighted_RI = _buffer("weighted", len(grad_RI), grad_RI.shape[1], inner_RP)
             grad_inner, grad_R = dense.silu_gate_backward(inner_RP, weight_R, grad_RI, weighted_RI)
         else:
             grad_inner = (grad_RI * weight_R[:, None]).to(inner_RP.dtype)

@@ -6,10 +6,10 @@
 Any device, any dtypes, any strides of the matrices, so that a transposed weight or gradient is a view of it. Nothing
 here is differentiated by autograd.
 
-On a CPU float32 is multiplied by a C kernel of ours (dense.c), which is compiled at its first use, as the one for packed
-weights is. All experts are one call, which leaves threads to share out experts instead of halves of small products;
-rows are gathered on their way into the cache; a SiLU gate and its gradients are one pass. Everything else, and
-float32 where there is no compiler, are torch's products, one expert after the other: the same up to rounding.
+On a CPU float32 is multiplied by a C kernel of ours (dense.c), which is compiled at its first use, as the one for
+packed weights is. All experts are one call, which leaves threads to share out experts instead of halves of small
+products; rows are gathered on their way into the cache; a SiLU gate and its gradients are one pass. Everything else,
+and float32 where there is no compiler, are torch's products, one expert after the other: the same up to rounding.
 """
 
 # R rows sorted by expert, C inputs, O outputs, E experts, I half of the columns of gate and up
