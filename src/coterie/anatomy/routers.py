@@ -80,6 +80,7 @@ def put_routers(
     notes: list[str] = []
     chosen = _chosen(model, layers)
     cls = router_class(kind)
+    _forget_shared(model, chosen)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer in chosen:
@@ -171,13 +172,9 @@ def place_router(model: nn.Module, layer: MoELayer, form: RouterForm) -> Router:
     router = cls(layer.bank.hidden_size, layer.router_size, told, layer=layer.index, **how)
     layer.block.set_submodule(layer.router_name.rpartition(".")[2], router)
     layer.experts._is_expert_parallel = True  # type: ignore[assignment]  # transformers' own forwards then expect "no expert"
-    base = _base(model)
-    if (shared := getattr(base, record.SHARED, None)) is None or form.kind not in shared:
-        module = cls.shared_module(layer.bank.hidden_size, told, **how)
-        if module is not None:
-            with torch.no_grad():
-                _reset(module, _spread(model))
-            record.share(base, form.kind, module)
+    module = cls.shared_module(layer.bank.hidden_size, told, **how)
+    if module is not None:
+        _share(model, layer, form.kind, module)
     if cls.needs_attention:
         record.watch_attention(layer.decoder, layer.index)
     text: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
@@ -203,6 +200,36 @@ def apply_routing(model: nn.Module, routers: Mapping[int, RouterForm], residuals
         raise CheckpointError(f"config.json: {error.message}", error.hint) from error
     if routers or residuals:
         _equip(model)
+
+
+def _share(model: nn.Module, layer: MoELayer, kind: str, module: nn.Module) -> None:
+    """Hang `module` beside the layers, unless there is such a one already. Raises UsageError where it does not fit."""
+    base = _base(model)
+    shared = getattr(base, record.SHARED, None)
+    if shared is None or kind not in shared:
+        with torch.no_grad():
+            _reset(module, _spread(model))
+        record.share(base, kind, module)
+        return
+    found, wanted = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (shared[kind], module))
+    if found != wanted:
+        raise UsageError(
+            f"the {kind} routers of a model share one part; layer {layer.index} needs another one ({wanted}) than the"
+            f" layers before it ({found})",
+            "Give all layers the same sizes.",
+        )
+
+
+def _forget_shared(model: nn.Module, chosen: Collection[MoELayer]) -> None:
+    """Drop what only routers shared that are about to be replaced."""
+    base = _base(model)
+    shared = getattr(base, record.SHARED, None)
+    if shared is None:
+        return
+    replaced = {layer.index for layer in chosen}
+    kinds = {router.kind for index, router in placed_routers(model).items() if index not in replaced}
+    for kind in set(shared) - kinds:
+        del shared[kind]
 
 
 def _children(layer: MoELayer) -> list[tuple[str, nn.Module]]:
@@ -271,6 +298,8 @@ def _as_before(layer: MoELayer, cls: type[Router]) -> dict[str, Any]:
                 return found
             if (sum_T - sum_T.mean()).abs().max() < 1e-2 * sum_T.mean():
                 found |= {"combine": "renormalised", "scale": round(float(sum_T.mean()), 3)}
+            elif cls.adopt is not Router.adopt:
+                found["combine"] = "raw"
     return found
 
 
