@@ -20,7 +20,7 @@ Without gradients and without anybody who listens, a record holds no more than t
 not pay for its depth in memory.
 """
 
-# B batch, L sequence of this call, P tokens before it in the cache, T = B*L, H hidden, A attention heads, D head size
+# B batch, L sequence of this call, P tokens before it in the cache, T = B*L, H hidden, A attention heads
 
 from __future__ import annotations
 
@@ -73,7 +73,6 @@ class Attention:
     output_BLH: Tensor
     value_BLM: Tensor | None
     projection: nn.Module | None
-    head_size: int
 
 
 @dataclass
@@ -90,6 +89,7 @@ class Record:
     ids_BL: Tensor | None = None
     mask_BL: Tensor | None = None
     mask_BS: Tensor | None = None  # with the tokens before
+    pairs_BLS: Tensor | None = None  # which see which, where the call says it pair by pair
     segment_BL: Tensor | None = None
     grad: bool = False
     listened: bool = False
@@ -276,14 +276,6 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         record.shape = (int(tokens.shape[0]), int(tokens.shape[1]))
     if record.shape is None:
         return
-    mask = given.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        record.mask_BS = mask.bool()
-        record.mask_BL = record.mask_BS[:, -record.shape[1] :]
-    positions = given.get("position_ids")
-    if isinstance(positions, Tensor) and positions.dim() == 2 and mask is None and record.shape[1] > 1:
-        positions_BL = positions.expand(record.shape)  # packed sequences: positions start again at each
-        record.segment_BL = (positions_BL.diff(dim=1, prepend=positions_BL[:, :1] - 1) != 1).cumsum(1)
     cache, use = given.get("past_key_values"), given.get("use_cache")
     if cache is not None:
         record.past_length, record.before = int(cache.get_seq_length()), dict(getattr(cache, _KEPT, {}))
@@ -292,6 +284,30 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         config: Any = module.config
         use = getattr(config.get_text_config(decoder=True), "use_cache", False)
     record.cached = cache is not None or bool(use)
+    _look_at_mask(record, given.get("attention_mask"))
+    positions = given.get("position_ids")
+    if isinstance(positions, Tensor) and positions.dim() == 2 and record.mask_BS is None and record.shape[1] > 1:
+        positions_BL = positions.expand(record.shape)  # packed sequences: positions start again at each
+        record.segment_BL = (positions_BL.diff(dim=1, prepend=positions_BL[:, :1] - 1) != 1).cumsum(1)
+
+
+def _look_at_mask(record: Record, mask: Any) -> None:
+    """Of padding [B, P + L], or of pairs [B, 1, L, P + L or more], which generation with a static cache makes of it."""
+    assert record.shape is not None
+    if isinstance(mask, dict):  # by the kind of layer
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor):
+        return
+    B, L = record.shape
+    if mask.dim() == 2:
+        record.mask_BS = mask.bool()
+        record.mask_BL = record.mask_BS[:, -L:]
+    elif mask.dim() == 4:
+        S = record.past_length + L
+        pairs = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2  # added to scores
+        record.pairs_BLS = pairs[:, 0, :, :S].expand(B, L, S)
+        record.mask_BS = record.pairs_BLS.any(1)  # padding is seen by nobody
+        record.mask_BL = record.mask_BS[:, -L:]
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -395,29 +411,40 @@ def watch_attention(decoder: nn.Module, layer: int) -> None:
             "Choose another router for this layer.",
         )
     module = found[0]
-    if getattr(module, "_coterie_attention", None) is None:
-        place: dict[str, Any] = {"layer": layer}
-        module._coterie_attention = place  # type: ignore[assignment]
-        module.register_forward_hook(_attended)
+    place: Any = getattr(decoder, "_coterie_watched", None)
+    if place is None:
+        place = {"layer": layer}
+        decoder._coterie_watched = place
+        module.register_forward_hook(functools.partial(_attended, place))
         values = getattr(module, "v_proj", None)
         if isinstance(values, nn.Module):
             values.register_forward_hook(functools.partial(_valued, place))
+    place["on"] = True
+
+
+def let_attention_be(decoder: nn.Module) -> None:
+    """The router of this decoder layer does not look at attention (any more): nothing of it is kept."""
+    place = getattr(decoder, "_coterie_watched", None)
+    if isinstance(place, dict):
+        place["on"] = False
 
 
 def _valued(place: dict[str, Any], module: nn.Module, args: Any, output: Tensor) -> None:
     place["value"] = output
 
 
-def _attended(module: nn.Module, args: Any, output: Any) -> None:
-    record, place = current(), module._coterie_attention
-    assert isinstance(place, dict)
+def _attended(place: dict[str, Any], module: nn.Module, args: Any, output: Any) -> None:
+    record = current()
     value_BLM = place.pop("value", None)
-    if record is None or not isinstance(output, tuple) or len(output) < 2 or not isinstance(output[1], Tensor):
+    if (
+        record is None
+        or not place["on"]
+        or not isinstance(output, tuple)
+        or len(output) < 2
+        or not isinstance(output[1], Tensor)
+    ):
         return
     probability = output[1]
     if probability.dim() != 4:
         return
-    sizes: list[Any] = [getattr(module, name, None) for name in ("v_head_dim", "head_dim")]
-    head = int(next((size for size in sizes if size), 0))
-    projection = getattr(module, "o_proj", None)
-    record.attention[place["layer"]] = Attention(probability, output[0], value_BLM, projection, head)
+    record.attention[place["layer"]] = Attention(probability, output[0], value_BLM, getattr(module, "o_proj", None))
