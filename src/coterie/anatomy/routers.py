@@ -84,7 +84,7 @@ def put_routers(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer in chosen:
-            told = {**_as_before(layer, cls), **(settings or {})}
+            told = {**_as_before(model, layer, cls), **(settings or {})}
             old = layer.router
             router = place_router(model, layer, RouterForm(kind=kind, settings=told))
             router.reset(_spread(model))
@@ -177,6 +177,8 @@ def place_router(model: nn.Module, layer: MoELayer, form: RouterForm) -> Router:
         _share(model, layer, form.kind, module)
     if cls.needs_attention:
         record.watch_attention(layer.decoder, layer.index)
+    else:
+        record.let_attention_be(layer.decoder)
     text: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
     if hasattr(text, "output_router_logits"):  # the architecture's own balance loss expects its own routers
         text.output_router_logits = False
@@ -279,12 +281,15 @@ def _reset(module: nn.Module, std: float) -> None:
 
 
 @torch.no_grad()
-def _as_before(layer: MoELayer, cls: type[Router]) -> dict[str, Any]:
+def _as_before(model: nn.Module, layer: MoELayer, cls: type[Router]) -> dict[str, Any]:
     """What the router that is replaced says about itself: by its attributes and by what it does with random tokens."""
     fields = cls.Settings.model_fields
     found: dict[str, Any] = {}
     if "top_k" in fields:
         found["top_k"] = layer.top_k
+    if "heads" in fields:
+        text: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+        found["heads"] = int(text.num_attention_heads)
     if "groups" in fields and layer.groups > 1:
         found |= {"groups": layer.groups, "groups_used": layer.groups_used}
     if "scale" in fields and "combine" in fields and not isinstance(layer.router, Router):
