@@ -102,6 +102,7 @@ class Record:
     states: dict[tuple[str, int], Any] = field(default_factory=dict)
     made: dict[tuple[str, int], Any] = field(default_factory=dict)
     attention: dict[int, Attention] = field(default_factory=dict)
+    streams: dict[int, Tensor] = field(default_factory=dict)  # what a norm received that its block will need
     shape: tuple[int, int] | None = None
     token: Token[Record | None] | None = None
 
