@@ -31,6 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from coterie.architectures.config import CoterieConfig, LayerSettings
 from coterie.balancing.base import Balance
+from coterie.experts import training
 from coterie.experts.forward import experts_forward
 from coterie.routing import record, residual
 from coterie.routing.base import Router, router_class
@@ -227,6 +228,11 @@ class CoteriePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": CoterieDecoderLayer, "attentions": CoterieAttention}
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The fast one for training unless another is asked for."""
+        found: str = super().get_correct_experts_implementation(requested_experts or training.NAME)
+        return found
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
