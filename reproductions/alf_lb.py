@@ -17,9 +17,9 @@ the rule were chosen on trial runs.
 
 Training, part two. Claim: a model trained with the bias has far better balanced experts than one with a small balance
 loss, at no worse a loss (1B: MaxVio 0.04 against 0.72, perplexity 9.50 against 9.56). A small decoder with a sigmoid
-gate, 16 experts of which 2 run: no balancing, a loss with weight 0.001, and the bias with steps of 0.01 that stop in the
-last twentieth (in a run of some hundred steps, smaller ones do not get far; 0.001 is shown as well). MaxVio is measured
-on held-out text, after training.
+gate, 16 experts of which 2 run: no balancing, a loss with weight 0.001, and the bias with steps of 0.01 that stop in
+the last twentieth (in a run of some hundred steps, smaller ones do not get far; 0.001 is shown as well). MaxVio is
+measured on held-out text, after training.
 
     python reproductions/alf_lb.py
 """
