@@ -3,37 +3,45 @@
 `import coterie` calls `install`. From then on plain `AutoModelForCausalLM.from_pretrained(path)` rebuilds checkpoints
 whose layers differ, trains them and saves them again. It uses transformers' registers of quantization methods, which
 are the hooks it offers for changing modules before weights are loaded; nothing is quantized by that. Weights that are
-stored in a packed form (FP8, MXFP4) are dequantized by transformers' own way for that form.
+stored in a packed form (FP8, MXFP4) are dequantized by transformers' own way for that form. Coterie's own decoder is
+made known to the Auto classes under its model type, "coterie".
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 _REGISTER = "transformers.quantizers.auto"
+_CONFIGS, _AUTO = "transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto"
+_DECODER = "transformers.models.coterie"
 
 
 def install() -> None:
     """Register with transformers: now if it is loaded, else at the moment it is."""
-    if _REGISTER in sys.modules:
-        register()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    for module, act in ((_REGISTER, register), (_CONFIGS, register_config), (_AUTO, register_decoder)):
+        if module in sys.modules:
+            act()
+        elif not any(isinstance(finder, _AfterImport) and finder.name == module for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AfterImport(module, act))
 
 
 class _AfterImport(MetaPathFinder):
-    """Waits for one module to be imported, registers, and is gone."""
+    """Waits for one module to be imported, acts, and is gone."""
+
+    def __init__(self, name: str, act: Callable[[], None]) -> None:
+        self.name, self.act = name, act
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != _REGISTER:
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -43,10 +51,35 @@ class _AfterImport(MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            register()
+            self.act()
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
+
+
+class _Decoder(ModuleType):
+    """Stands where transformers looks for the modules of a model type; loads ours when something of it is wanted."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        place = "config" if name.endswith("Config") else "decoder"
+        return getattr(importlib.import_module(f"coterie.architectures.{place}"), name)
+
+
+def register_config() -> None:
+    """Make the config of Coterie's own decoder known under its model type."""
+    sys.modules.setdefault(_DECODER, _Decoder(_DECODER))
+    sys.modules[_CONFIGS].CONFIG_MAPPING_NAMES["coterie"] = "CoterieConfig"
+
+
+def register_decoder() -> None:
+    """Make Coterie's own decoder known to the Auto classes."""
+    auto: Any = sys.modules[_AUTO]
+    auto.MODEL_MAPPING_NAMES["coterie"] = "CoterieModel"
+    auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["coterie"] = "CoterieForCausalLM"
+    for mapping in (auto.MODEL_MAPPING, auto.MODEL_FOR_CAUSAL_LM_MAPPING):  # where they were made before the config was
+        mapping._reverse_config_mapping["CoterieConfig"] = "coterie"
 
 
 def register() -> None:

@@ -123,9 +123,19 @@ def load_data(
     return TokenData(batches, domains, _digest(batches, domains), tokens, warnings, list(sources))
 
 
+def samples_of(rows: dict[str, list[Tensor]]) -> TokenData:
+    """Ready sequences, by domain, as samples."""
+    domains = list(rows)
+    numbered = [(ids, number) for number, domain in enumerate(domains) for ids in rows[domain]]
+    longest = max((len(ids) for ids, _ in numbered), default=1)
+    batches = list(_batches(numbered, max(1, BATCH_TOKENS // longest), 0))
+    tokens = {domain: sum(len(ids) for ids in rows[domain]) for domain in domains}
+    return TokenData(batches, domains, _digest(batches, domains), tokens)
+
+
 def from_text(document: Document, tokenizer: Any, *, name: str = "text") -> TokenData:
     """One text or dialogue as one sequence, whole. Raises DataError if it is empty."""
-    ids = _document_ids(document, tokenizer) if _characters(document) else []
+    ids = document_ids(document, tokenizer) if _characters(document) else []
     if not ids:
         raise DataError(f"the {name} is empty")
     batches = [Batch(torch.tensor([ids]), None, torch.zeros(1, dtype=torch.int64))]
@@ -359,7 +369,8 @@ def _chats(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def _document_ids(text: Document, tokenizer: Any) -> list[int]:
+def document_ids(text: Document, tokenizer: Any) -> list[int]:
+    """Token ids of a document, the tokenizer's start token first."""
     if not isinstance(text, str):
         if _chats(tokenizer):
             return _chat_ids(text, tokenizer)
@@ -384,7 +395,7 @@ def _windows(texts: Iterable[Document], tokenizer: Any, length: int, samples: in
     pending: list[int] = []
     given = 0
     for text in texts:
-        pending += _document_ids(text, tokenizer)
+        pending += document_ids(text, tokenizer)
         while len(pending) >= length:
             yield torch.tensor(pending[:length])
             pending, given = pending[length:], given + 1
@@ -396,7 +407,7 @@ def _single(texts: Iterable[Document], tokenizer: Any, length: int, samples: int
     for number, text in enumerate(texts):
         if number == samples:
             return
-        yield torch.tensor(_document_ids(text, tokenizer)[:length])
+        yield torch.tensor(document_ids(text, tokenizer)[:length])
 
 
 def _pad_id(tokenizer: Any) -> int:

@@ -1,6 +1,7 @@
 """The Python API: what the command line does, as functions. Names and defaults are the same."""
 
 from coterie.api.at_size import compare_at_size
+from coterie.api.grow import aggregate, segment
 from coterie.api.look import build_patterns, match_pattern, profile, super_experts
 from coterie.api.runtime import Runtime, calibration
 from coterie.api.shrink import (
@@ -16,11 +17,12 @@ from coterie.api.shrink import (
     recipe_requests,
     unpack,
 )
-from coterie.api.train import finetune, heal
+from coterie.api.train import finetune, heal, race, train, training_config
 from coterie.api.use import evaluate, load, score_tasks, skipping
 
 __all__ = [
     "Runtime",
+    "aggregate",
     "budget_of",
     "build_patterns",
     "calibration",
@@ -39,9 +41,13 @@ __all__ = [
     "plan",
     "prepare",
     "profile",
+    "race",
     "recipe_requests",
     "score_tasks",
+    "segment",
     "skipping",
     "super_experts",
+    "train",
+    "training_config",
     "unpack",
 ]

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from coterie import comparison
 from coterie.compression import exporting, gguf_export, padding
@@ -32,13 +32,14 @@ from coterie.compression.sparsify import sparsify, sparsify_forecast
 from coterie.compression.sparsifying.base import Sparsifier
 from coterie.errors import UsageError
 from coterie.profiling.profile import LayerProfile, Profile
-from coterie.streaming.checkpoint import Checkpoint
+from coterie.streaming.checkpoint import Checkpoint, resolve
 from coterie.streaming.lockstep import Progress
 from coterie.streaming.model import StreamedModel
 from coterie.streaming.writer import DEFAULT_SHARD_BYTES, check_place, parse_size
 from coterie.text import TokenData, check_ids, held_out
 
 if TYPE_CHECKING:
+    from coterie.architectures.stock import Stock
     from coterie.training.heal import Healed
 from coterie.api.runtime import SAMPLES, Runtime, calibration, vocabulary_of
 from coterie.api.train import HEAL_OPTIONS, check_teacher, heal, heal_options
@@ -587,19 +588,25 @@ def compare(
 def unpack(
     model: str,
     out: str,
-    form: exporting.Form,
+    form: str,
     *,
     overwrite: bool = False,
     runtime: Runtime | None = None,
     progress: Progress | None = None,
-) -> exporting.Exported:
-    """A quantized checkpoint in the form other software reads: "dense" or "compressed-tensors", see
-    `coterie.compression.exporting`."""
-    if form not in exporting.FORMS:
-        raise UsageError(f"no form {form!r}", f"There is {', '.join(exporting.FORMS)}.")
+) -> exporting.Exported | Stock:
+    """A checkpoint in the form other software reads: a quantized one as "dense" or "compressed-tensors", see
+    `coterie.compression.exporting`; a decoder of ours as "stock", see `coterie.architectures.stock`."""
+    if form not in (*exporting.FORMS, "stock"):
+        raise UsageError(f"no form {form!r}", f"There is {', '.join(exporting.FORMS)} and stock.")
     check_place(Path(out), overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
+    if form == "stock":
+        from coterie.architectures.stock import export_stock
+
+        return export_stock(resolve(model, offline=(runtime or Runtime()).offline), Path(out), overwrite=overwrite)
     streamed = (runtime or Runtime()).open(model)
-    return exporting.export(streamed, Path(out), form, model=model, overwrite=overwrite, progress=progress)
+    return exporting.export(
+        streamed, Path(out), cast(exporting.Form, form), model=model, overwrite=overwrite, progress=progress
+    )
 
 
 def export_gguf(

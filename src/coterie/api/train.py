@@ -1,8 +1,8 @@
-"""Train a model: fine-tune it, or heal it after a compression."""
+"""Train a model: whole, on text; or fine-tune it, or heal it after a compression."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,145 @@ from coterie.text import TokenData, check_ids, held_out, load_tokenizer
 if TYPE_CHECKING:
     from coterie.training.finetune import FineTuned
     from coterie.training.heal import Distillation, Healed
+    from coterie.training.race import Race
+    from coterie.training.train import Trained
 from coterie.api.runtime import Runtime, calibration, vocabulary_of
+
+
+def train(
+    config: str | dict[str, Any] | None,
+    out: str,
+    *,
+    init: str | None = None,
+    router: str | None = None,
+    data: Sequence[str] = (),
+    evaluate: Sequence[str] = (),
+    steps: int | None = None,
+    settings: Sequence[str] = (),
+    seed: int = 0,
+    overwrite: bool = False,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train a model on text, see `coterie.training.train`.
+
+    Parameters
+    ----------
+    config : str or dict, optional
+        A YAML file or the same as a dict, see `coterie.training.config.TrainConfig`. Without one, `init` says what.
+    init, router, data, evaluate, steps : instead of what the config says.
+    settings : sequence of str
+        "dotted.name=value" each, set in the config.
+    """
+    from coterie.training.train import train as run_train
+
+    runtime = runtime or Runtime()
+    runtime.ready()
+    return run_train(
+        training_config(config, init=init, router=router, data=data, evaluate=evaluate, steps=steps, settings=settings),
+        Path(out),
+        device=runtime.device,
+        seed=seed,
+        overwrite=overwrite,
+        offline=runtime.offline,
+        trust_remote_code=runtime.trust_remote_code,
+        progress=progress,
+    )
+
+
+def race(
+    configs: Sequence[str] | Mapping[str, str | dict[str, Any]],
+    out: str | None,
+    *,
+    seeds: int | Sequence[int] = 3,
+    equal: str = "tokens",
+    tokens: int | None = None,
+    data: Sequence[str] = (),
+    evaluate: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    overwrite: bool = False,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+    **hooks: Any,
+) -> Race:
+    """Train several configs at equal cost and compare them, see `coterie.training.race`.
+
+    Parameters
+    ----------
+    configs : YAML files, called by their names; or {name: file or plain settings}. The first is the reference.
+    seeds : how many, or which.
+    equal : "tokens" or "flops". tokens : of all configs; of the first with flops.
+    data, evaluate, settings : as `train`, for all configs.
+    """
+    from coterie.training.race import race as run_race
+
+    runtime = runtime or Runtime()
+    runtime.ready()
+    if not isinstance(configs, Mapping):
+        named = {Path(file).stem: file for file in configs}
+        if len(named) < len(configs):
+            raise UsageError("two configs have the same file name", "Rename one: it is what the table calls them.")
+        configs = dict(named)
+    told = {
+        name: training_config(config, data=data, evaluate=evaluate, settings=settings)
+        for name, config in configs.items()
+    }
+    if tokens is not None:
+        told = {
+            name: config.model_copy(
+                update={"training": config.training.model_copy(update={"tokens": tokens, "steps": None})}
+            )
+            for name, config in told.items()
+        }
+    return run_race(
+        told,
+        None if out is None else Path(out),
+        seeds=range(seeds) if isinstance(seeds, int) else seeds,
+        equal=equal,
+        device=runtime.device,
+        overwrite=overwrite,
+        offline=runtime.offline,
+        progress=progress,
+        **hooks,
+    )
+
+
+def training_config(
+    config: str | dict[str, Any] | None,
+    *,
+    init: str | None = None,
+    router: str | None = None,
+    data: Sequence[str] = (),
+    evaluate: Sequence[str] = (),
+    steps: int | None = None,
+    settings: Sequence[str] = (),
+) -> Any:
+    """A `TrainConfig` from a file or plain settings and what is said instead of them."""
+    import yaml
+
+    from coterie.training.config import changed, checked_config, read_config
+
+    changes: dict[str, Any] = {}
+    for entry in settings:
+        name, sign, value = entry.partition("=")
+        if not sign:
+            raise UsageError(f"--set {entry!r} is not name=value")
+        changes[name.strip()] = yaml.safe_load(value)
+    if init is not None:
+        changes["init"] = init
+    if router is not None:
+        changes = {"router": {"kind": router}, **changes}
+    if data:
+        changes["data"] = [data] if isinstance(data, str) else list(data)
+    if evaluate:
+        changes["evaluate"] = [evaluate] if isinstance(evaluate, str) else list(evaluate)
+    if steps is not None:
+        changes |= {"training.steps": steps, "training.tokens": None}
+    if config is None and init is None:
+        raise UsageError("there is nothing to train", "Name a config file, or a checkpoint with --init.")
+    if isinstance(config, str):
+        return read_config(Path(config), changes)
+    return checked_config(changed(dict(config or {}), changes), "config")
 
 
 def finetune(

@@ -9,6 +9,7 @@ they are far too little to calibrate a model that someone will use.
 Importing this module loads no torch.
 """
 
+import ast
 import json
 import sysconfig
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Final, Literal
 from coterie.assets import arithmetic
 from coterie.errors import DataError, OutputError, UsageError
 
-__all__ = ["DOMAINS", "SPLITS", "demo_texts", "pocket", "write_demo_texts"]
+__all__ = ["DOMAINS", "SPLITS", "demo_texts", "pocket", "write_demo_texts", "write_library_texts"]
 
 Split = Literal["calibration", "evaluation"]
 
@@ -120,6 +121,67 @@ def write_demo_texts(folder: Path) -> tuple[Path, Path]:
                 f"cannot write the demo texts to {folder / split}: {error.strerror or error}", "Choose another folder."
             ) from error
     return folder / SPLITS[0], folder / SPLITS[1]
+
+
+def write_library_texts(folder: Path) -> tuple[Path, Path]:
+    """Text enough to train a small model on: the running interpreter's standard library, several million characters.
+
+    Two domains: `code`, modules without their strings of documentation, and `documentation`, those strings. One module
+    in sixteen is for evaluation. Which modules there are depends on the interpreter: what is trained on it can be
+    compared on one machine, not between machines.
+
+    Returns
+    -------
+    tuple of Path
+        The training and the evaluation folder, as the `--data` option takes them.
+
+    Raises
+    ------
+    OutputError
+        The folder cannot be written.
+    DataError
+        The interpreter has no standard library in source form.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    names = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "encodings"}
+    files = [f for f in sorted(library.rglob("*.py")) if not names & set(f.relative_to(library).parts[:-1])]
+    if len(files) < 50:
+        raise DataError(
+            f"{len(files)} Python sources in {library}: too few to train on",
+            "Use an interpreter that has its standard library as .py files, or pass your own text.",
+        )
+    for place in ("train", "evaluate"):
+        chosen = [file for i, file in enumerate(files) if (i % 16 == 0) == (place == "evaluate")]
+        documents = [_code_and_documentation(file) for file in chosen]
+        try:
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            for number, domain in enumerate(("code", "documentation")):
+                texts = (parts[number] for parts in documents if len(parts[number]) > 200)
+                lines = [json.dumps({"domain": domain, "text": text}, ensure_ascii=False) + "\n" for text in texts]
+                (folder / place / f"{domain}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise OutputError(f"cannot write texts to {folder / place}: {error.strerror or error}") from error
+    return folder / "train", folder / "evaluate"
+
+
+def _code_and_documentation(file: Path) -> tuple[str, str]:
+    """A module's lines outside of its documentation strings, and these strings; of one that does not parse, its lines
+    alone."""
+    source = file.read_text(encoding="utf-8", errors="replace")
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return source, ""
+    lines, strings = source.splitlines(keepends=True), []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node)
+            if text:
+                strings.append(text)
+                string: ast.stmt = node.body[0]
+                for number in range(string.lineno - 1, string.end_lineno or string.lineno):
+                    lines[number] = ""
+    return "".join(lines), "\n\n".join(strings)
 
 
 def _written(split: Split, domain: str) -> list[dict[str, str]]:

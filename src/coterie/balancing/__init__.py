@@ -1,1 +1,1 @@
-"""Balancing: losses and controllers that keep the experts of a layer equally busy."""
+"""Load balancing: how evenly the experts of a layer are used, and the rules and losses that even it out."""

@@ -22,7 +22,7 @@ def export(
         str | None,
         typer.Option(
             help="Of a quantized checkpoint: dense (any software, full size) or compressed-tensors (packed, for"
-            " transformers and vLLM).",
+            " transformers and vLLM). Of a decoder that `coterie train` made: stock, an architecture of transformers.",
             show_default=False,
         ),
     ] = None,
@@ -43,8 +43,8 @@ def export(
     seed: o.Seed = 0,
     overwrite: o.Overwrite = False,
 ) -> None:
-    """Write a checkpoint as other software needs it: layers of one size (--pad), quantized weights (--form), one file
-    for llama.cpp (--gguf).
+    """Write a checkpoint as other software needs it: layers of one size (--pad), quantized weights or a trained
+    decoder (--form), one file for llama.cpp (--gguf).
 
     Routers with a bias (GPT-OSS, DeepSeek-V3, GLM-4 and their kin) make it exact. Others need --data: dead experts
     are kept from being picked on that text, and the share of tokens on which it fails is told.
@@ -96,10 +96,12 @@ def _other_form(
 
     with Bar("export", enabled=not common.json) as bar:
         options: dict[str, Any] = {"overwrite": overwrite, "runtime": runtime, "progress": bar}
+        result: Any
         if gguf is not None:
             result = api.export_gguf(model, out, gguf, **options)
         else:
-            result = api.unpack(model, out, form, **options)  # type: ignore[arg-type]
+            assert form is not None
+            result = api.unpack(model, out, form, **options)
     if common.json:
         emit_json(result.describe())
         return

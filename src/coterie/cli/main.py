@@ -13,12 +13,15 @@ from coterie.cli.demo import demo
 from coterie.cli.evaluate import evaluate
 from coterie.cli.export import export
 from coterie.cli.finetune import finetune
+from coterie.cli.grow import grow
 from coterie.cli.heal import heal
 from coterie.cli.inspect import inspect
 from coterie.cli.methods import methods
 from coterie.cli.patterns import patterns
 from coterie.cli.plan import plan
 from coterie.cli.profile import profile
+from coterie.cli.race import race
+from coterie.cli.train import train
 from coterie.errors import CoterieError
 
 app = typer.Typer(
@@ -57,11 +60,12 @@ def root(
     """
 
 
-for _verb in (inspect, profile, plan, compress, compare, evaluate, export, finetune, heal, methods, demo):
+for _verb in (inspect, profile, plan, compress, compare, evaluate, export, train, race, finetune, heal, methods, demo):
     app.command(no_args_is_help=_verb not in (methods, demo))(_verb)
 
 app.add_typer(analyze, name="analyze")
 app.add_typer(patterns, name="patterns")
+app.add_typer(grow, name="grow")
 
 
 def main() -> None:

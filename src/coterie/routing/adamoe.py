@@ -57,7 +57,7 @@ class AdaMoE(Router):
         nulls: int = Field(default=8, ge=0)
         scale: float = Field(default=1.0, gt=0)
 
-    not_per_expert = ("null_weight",)
+    rowless = ("null_weight",)
 
     def __init__(self, hidden: int, experts: int, settings: RouterSettings, **more: Any) -> None:
         super().__init__(hidden, experts, settings, **more)

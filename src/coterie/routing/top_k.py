@@ -36,12 +36,15 @@ class Grouped(RouterSettings):
         Experts stand in so many equal groups, and a token picks from so many of them; 1, 1: from all.
     bias : bool
         Keep a bias per expert that a controller changes to balance loads.
+    bias_times : bool
+        The bias multiplies scores instead of being added; it starts at 1.
     """
 
     scale: float = Field(default=1.0, gt=0)
     groups: int = Field(default=1, ge=1)
     groups_used: int = Field(default=1, ge=1)
     bias: bool = False
+    bias_times: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> Any:
@@ -60,7 +63,8 @@ class Linear(Router):
         super().__init__(hidden, experts, settings, **more)
         self.weight = nn.Parameter(torch.empty(experts, hidden, **self.how))
         if getattr(settings, "bias", False):
-            self.e_score_correction_bias = nn.Buffer(torch.zeros(experts, device=self.how["device"]))
+            start = float(settings.bias_times)  # type: ignore[attr-defined]
+            self.e_score_correction_bias = nn.Buffer(torch.full((experts,), start, device=self.how["device"]))
 
     @property
     def num_group(self) -> int:
@@ -74,7 +78,8 @@ class Linear(Router):
         """The top-k experts of each token, [T, K], by score and bias, within its groups."""
         score_TE = score_TE.detach()
         if hasattr(self, "e_score_correction_bias"):
-            score_TE = score_TE + self.e_score_correction_bias.float()
+            bias_E = self.e_score_correction_bias.float()
+            score_TE = score_TE * bias_E if self.settings.bias_times else score_TE + bias_E
         if self.num_group > 1:
             score_TE = grouped(score_TE, self.num_group, self.topk_group, self.group_best)
         return score_TE.topk(self.top_k, dim=-1).indices
@@ -83,7 +88,7 @@ class Linear(Router):
     def reset(self, std: float = 0.02) -> None:
         super().reset(std)
         if hasattr(self, "e_score_correction_bias"):
-            self.e_score_correction_bias.zero_()
+            self.e_score_correction_bias.fill_(float(self.settings.bias_times))
 
     @torch.no_grad()
     def adopt(self, weight_EH: Tensor) -> bool:
