@@ -14,7 +14,8 @@ With the "coterie" experts implementation time falls with the load. transformers
 null slot, which eats the gain.
 
 Starting from a trained router, null rows are copies of its rows in turn, plus noise, so that ties have no fixed winner.
-A model that applies probabilities as they are (OLMoE) should keep "raw"; the nulls' mass then lowers all its weights.
+A model that applies probabilities as they are (OLMoE) keeps "raw" unless told otherwise: the nulls' mass then lowers
+all its weights, and null rows learn from the task too.
 
 Nulls are zero maps, the variant the paper evaluates. Identity maps are not offered: a router cannot add to the output.
 """
