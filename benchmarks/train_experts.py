@@ -21,6 +21,7 @@ than `--most-gb` it is left out.
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import json
 import time
@@ -118,7 +119,7 @@ def steps(given: argparse.Namespace) -> list[dict[str, Any]]:
 
     def contender(implementation: str, *, fused: bool = False, head: bool = False) -> Callable[[], None]:
         torch.manual_seed(given.seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # it holds the implementation
         model.set_experts_implementation(implementation)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **({"fused": True} if fused else {}))
 

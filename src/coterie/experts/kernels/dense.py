@@ -95,7 +95,10 @@ def _taken(x: Tensor, row_R: Tensor | None, rows: slice) -> Tensor:
 
 def times(x: Tensor, row_R: Tensor | None, w_ECO: Tensor, counts: list[int], out_RO: Tensor) -> None:
     """Write into out_RO, in the dtype of x. row_R : where in x each row lies; None for in order."""
-    if (lib := _usable(x, w_ECO, out_RO)) is not None and out_RO.stride(1) == 1:
+    single = sum(counts) < 2 * sum(count > 0 for count in counts)  # one row is read with its matrix, not multiplied
+    if single and row_R is not None:
+        x, row_R = x.index_select(0, row_R), None
+    if not single and (lib := _usable(x, w_ECO, out_RO)) is not None and out_RO.stride(1) == 1:
         x, w_ECO = _rows(x), w_ECO if 1 in w_ECO.stride()[1:] else w_ECO.contiguous()
         by_expert, by_input, by_output = w_ECO.stride()
         _run(
