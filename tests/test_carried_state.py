@@ -1,5 +1,7 @@
-"""Streamed layer by layer, routers and residual rules that look beyond one layer or one token do as in a resident model;
-and a sweep does not pretend to go on in the middle where hidden states are not all that layers hand on."""
+"""Streamed layer by layer, routers and residual rules that look beyond a layer or a token do as in a resident model.
+
+And a sweep does not pretend to go on in the middle where hidden states are not all that layers hand on.
+"""
 
 from __future__ import annotations
 
