@@ -67,14 +67,16 @@ def without_experts(model: Any) -> None:
         layer.experts.register_forward_hook(lambda m, a, out: torch.zeros_like(out))
 
 
-def gradients(model: Any, ids: Tensor, mask: Tensor | None = None, *, checkpointed: bool = False) -> dict[str, Tensor]:
+def gradients(
+    model: Any, ids: Tensor, mask: Tensor | None = None, *, checkpointed: bool = False, use_cache: bool | None = False
+) -> dict[str, Tensor]:
     """Of the language loss in training, by parameter."""
     model.train()
     if checkpointed:
         model.gradient_checkpointing_enable()
     try:
         model.zero_grad()
-        model(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
+        model(ids, attention_mask=mask, labels=ids, use_cache=use_cache).loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     finally:
         model.gradient_checkpointing_disable()

@@ -622,6 +622,22 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind: str, family: str)
         assert torch.equal(one, two)  # running averages moved once
 
 
+@pytest.mark.parametrize("kind", ["similarity", "attention"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_cache_that_training_does_not_need_cuts_no_gradient(kind: str, checkpointed: bool) -> None:
+    model, ids = model_of(kind, "mixtral"), tokens(2, 9)
+    wanted = gradients(copy.deepcopy(model), ids)
+    assert_same_gradients(wanted, gradients(model, ids, checkpointed=checkpointed, use_cache=None))
+
+
+@torch.no_grad()
+def test_outputs_that_are_tuples_keep_the_cache_too() -> None:
+    model, ids = similar_model("mixtral"), tokens(2, 9)
+    cache = model(ids[:, :6], return_dict=False)[1]
+    found = model(ids[:, 6:], past_key_values=cache, return_dict=False)[0]
+    torch.testing.assert_close(found, whole(model, ids)[:, 6:], atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("kind", "family"), CASES)
 def test_a_saved_model_comes_back(kind: str, family: str, tmp_path: Path) -> None:
     model = model_of(kind, family)
