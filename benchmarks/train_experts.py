@@ -33,8 +33,8 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from common import machine, print_machine
+from coterie.architectures.head_loss import head_loss
 from coterie.experts import forward, training
-from coterie.training.head_loss import head_loss
 from lowrank_experts import bank
 
 STOCK = ("eager", "grouped_mm", "batched_mm")

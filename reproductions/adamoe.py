@@ -47,7 +47,7 @@ def config(router: dict[str, Any], term: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    given = options(__doc__, tokens=120_000).parse_args()
+    given = options(__doc__, tokens=80_000).parse_args()
     spread: dict[int, list[float]] = {}
 
     def varies(run: Any, model: Any, text: Any) -> None:

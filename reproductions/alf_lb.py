@@ -82,7 +82,7 @@ COLUMNS = [
 
 
 def main() -> None:
-    parser = options(__doc__, tokens=250_000)
+    parser = options(__doc__, tokens=160_000)
     given = parser.parse_args()
     for result in (theory(given), training(given)):
         result.show()

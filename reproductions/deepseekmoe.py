@@ -100,7 +100,7 @@ def one_less(model: Any) -> Any:
 
 
 def main() -> None:
-    given = options(__doc__, tokens=250_000).parse_args()
+    given = options(__doc__, tokens=160_000).parse_args()
     probes: dict[tuple[str, int], dict[str, float]] = {}
 
     def probe(run: Any, model: Any, text: Any) -> None:

@@ -46,7 +46,7 @@ def config(router: dict[str, Any], entropy: float = 0.0) -> dict[str, Any]:
 
 
 def main() -> None:
-    given = options(__doc__, tokens=250_000).parse_args()
+    given = options(__doc__, tokens=160_000).parse_args()
     hard: dict[int, tuple[float, float, float, float]] = {}
 
     def probe(run: Any, model: Any, text: Any) -> None:

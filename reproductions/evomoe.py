@@ -33,7 +33,7 @@ RULE_PARTS = (
 
 
 def main() -> None:
-    given = options(__doc__, tokens=250_000).parse_args()
+    given = options(__doc__, tokens=160_000).parse_args()
     switch = {"kind": "top-k", "top_k": 1}
     gate = {"kind": "dts", "top_k": 1}
     falling = [

@@ -45,7 +45,7 @@ def config(router: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    given = options(__doc__, tokens=250_000).parse_args()
+    given = options(__doc__, tokens=160_000).parse_args()
     curves: dict[tuple[str, int], list[float]] = {}
 
     def sweep(run: Any, model: Any, text: Any) -> None:

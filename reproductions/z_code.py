@@ -41,9 +41,9 @@ RULE = (
     " errors of the paired difference over seeds; not reproduced if it is above by as much; inconclusive otherwise"
 )
 RULE_AGGREGATED = (
-    "reproduced if after the same number of further tokens the loss of the aggregated model is below that of the one from"
-    " scratch by more than two standard errors of the paired difference over seeds; not reproduced if it is above by as"
-    " much; inconclusive otherwise"
+    "reproduced if after the same number of further tokens the loss of the aggregated model is below that of the one"
+    " from scratch by more than two standard errors of the paired difference over seeds; not reproduced if it is above"
+    " by as much; inconclusive otherwise"
 )
 RULE_PRUNED = (
     "reproduced if keeping the half of the experts that were used most loses less than keeping a random half, by more"
@@ -172,7 +172,7 @@ def pruned_loss(model: Any, kept: dict[int, list[int]], text: Any) -> float:
 
 
 def main() -> None:
-    given = options(__doc__, tokens=250_000).parse_args()
+    given = options(__doc__, tokens=160_000).parse_args()
     common: dict[str, Any] = {
         "seeds": given.seeds,
         "setting": setting(given, **{"tokens before and after aggregation": given.tokens // 2}),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from coterie.training.head_loss import head_loss
+from coterie.architectures.head_loss import head_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
