@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from coterie.anatomy import moe_layers
 from coterie.anatomy.routers import put_residual, put_routers
+from coterie.errors import CheckpointError
 from coterie.routing.record import current, listening
 from families import FAMILIES, tiny
 
@@ -55,6 +57,18 @@ def test_a_model_with_other_routers_is_saved_rebuilt_and_generates(family: str, 
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(again(IDS).logits, expected)
     assert again.generate(IDS, max_new_tokens=3, do_sample=False).shape == (2, 15)
+
+
+@pytest.mark.parametrize("kind", ["top-k", "rmoe", "random"])
+def test_a_router_whose_weights_are_missing_is_not_loaded(kind: str, tmp_path: Path) -> None:
+    model = tiny("mixtral")
+    put_routers(model, kind)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[next(name for name in tensors if ".gate." in name)]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="lacks"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_two_calls_share_no_record_and_none_is_left() -> None:

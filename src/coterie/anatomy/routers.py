@@ -251,6 +251,21 @@ def _forget_shared(model: nn.Module, chosen: Collection[MoELayer]) -> None:
         del shared[kind]
 
 
+def check_loaded(model: nn.Module) -> None:
+    """Raise CheckpointError if the checkpoint just loaded did not hold all weights of our routers: nobody could tell
+    from the outputs that they are random."""
+    base = _base(model)
+    owners: dict[str, nn.Module] = {f"layer {index}": router for index, router in placed_routers(model).items()}
+    owners |= {f"shared by {kind}": module for kind, module in getattr(base, record.SHARED, nn.ModuleDict()).items()}
+    for where, module in owners.items():
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if not getattr(tensor, "_is_hf_initialized", False):
+                raise CheckpointError(
+                    f"the checkpoint lacks {name} of the router ({where})",
+                    "Its header names a router whose weights are not in its files: fetch it again.",
+                )
+
+
 def _children(layer: MoELayer) -> list[tuple[str, nn.Module]]:
     return list(layer.decoder.named_children())
 
