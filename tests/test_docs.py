@@ -20,8 +20,8 @@ from coterie.profiling.observers import OBSERVERS
 from inprocess import cli
 
 ROOT = Path(__file__).parent.parent
-GENERATED = ("methods", "statistics", "cli", "architectures", "reproductions")
-HANDS = ("shrink", "quantize", "combine", "specialise", "understand")
+GENERATED = ("methods", "parts", "statistics", "cli", "architectures", "reproductions")
+HANDS = ("shrink", "quantize", "combine", "specialise", "understand", "train")
 WRITTEN = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{name}.md" for name in HANDS))
 PAGES = (*WRITTEN, *(f"docs/{name}.md" for name in GENERATED), "benchmarks/README.md")
 FOLLOWED = ("README.md", *(f"docs/{name}.md" for name in HANDS))

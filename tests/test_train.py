@@ -18,7 +18,7 @@ from coterie import api
 from coterie.anatomy.routers import placed_routers
 from coterie.architectures.config import CoterieConfig
 from coterie.architectures.decoder import CoterieForCausalLM
-from coterie.assets import write_demo_texts
+from coterie.assets import trainings, write_demo_texts
 from coterie.balancing.base import Balance
 from coterie.balancing.controllers import Bias, BiasSettings
 from coterie.errors import CoterieError, DataError, ModelError, OutputError, UsageError
@@ -241,6 +241,19 @@ def test_train_writes_a_model_that_transformers_loads_and_its_story(text: tuple[
     assert "plotly" in (out / "experts.html").read_text()
     assert yaml.safe_load((out / "train.yaml").read_text())["training"]["rate"] == 0.01
     assert (out / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("name", trainings())
+def test_a_config_that_ships_trains(name: str, text: tuple[str, str], tmp_path: Path) -> None:
+    small = ["model.hidden_size=32", "model.num_attention_heads=2", "model.moe_intermediate_size=16"]
+    training = [f"training.{k}={v}" for k, v in {**TRAINING, "steps": 5}.items()]
+    trained = api.train(name, str(tmp_path / "out"), data=[text[0]], evaluate=[text[1]], settings=[*small, *training])
+    assert trained.history.losses["all"] < 9
+
+
+def test_a_config_that_is_nowhere_is_told_with_those_that_ship(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="deepseekmoe"):
+        api.train("nothing", str(tmp_path / "out"))
 
 
 def test_a_checkpoint_keeps_learning_with_another_router(text: tuple[str, str], tmp_path: Path) -> None:

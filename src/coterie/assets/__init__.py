@@ -52,6 +52,12 @@ def recipes() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
+def trainings() -> dict[str, Path]:
+    """Configs of `coterie train` that ship with the package, by name."""
+    folder = Path(__file__).parent / "training"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
 def pocket() -> Path:
     """Folder of the pocket model: a Qwen3-MoE checkpoint of 11 M parameters with its tokenizer, 4 layers of 16 experts.
 

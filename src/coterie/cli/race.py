@@ -29,7 +29,7 @@ def race(
 ) -> None:
     """Train several configs on the same text, in the same order, with the same seeds, and compare them.
 
-      coterie race top2.yaml adamoe.yaml rmoe.yaml --data corpus/ --tokens 5000000
+      coterie race small deepseekmoe my.yaml --data corpus/ --tokens 5000000
 
     Told are held-out losses with two standard errors over seeds, differences to the first config paired by seed, what
     the experts did, and the cost: floating-point operations per token as they really were, and tokens per second.

@@ -14,7 +14,8 @@ from coterie.cli.progress import Bar
 def train(
     common: Common,
     config: Annotated[
-        str | None, typer.Argument(help="YAML file; without one, --init says what to train.", show_default=False)
+        str | None,
+        typer.Argument(help="YAML file, or one that ships (small); or --init.", show_default=False),
     ] = None,
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for the run.")] = "trained",
     init: Annotated[str | None, typer.Option(help="Checkpoint to start from.", show_default=False)] = None,
@@ -37,7 +38,11 @@ def train(
 ) -> None:
     """Train a model on text: a fresh decoder of any parts, or a checkpoint with another router.
 
-    A fresh one is described by a file:
+    Some ship: small, deepseekmoe, loss-free, dynamic, slimmable, evolve, recurrent.
+
+      coterie train small --data corpus/ --steps 2000 -o run
+
+    A fresh model is described by a file:
 
       model: {hidden_size: 256, num_hidden_layers: 6, num_experts: 16, router: {kind: top-k, top_k: 2}}
       balancing: [{name: switch, weight: 0.01}]

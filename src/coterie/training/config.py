@@ -20,6 +20,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from coterie.assets import trainings
 from coterie.balancing.controllers import BiasSettings
 from coterie.errors import UsageError
 from coterie.training.dials import Dial
@@ -161,11 +162,18 @@ class TrainConfig(BaseModel):
 
 
 def read_config(file: Path, changes: dict[str, Any] | None = None) -> TrainConfig:
-    """A config from YAML, with `changes` {dotted.name: value} set in it. Raises UsageError that names the field."""
+    """A config from YAML, or one that ships, with `changes` {dotted.name: value} set in it.
+
+    Raises UsageError that names the field.
+    """
+    if not file.exists() and (shipped := trainings()).get(str(file)) is not None:
+        file = shipped[str(file)]
     try:
         told = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror}") from error
+        raise UsageError(
+            f"cannot read {file}: {error.strerror}", f"Configs that ship: {', '.join(trainings())}."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(told, dict):
