@@ -270,6 +270,17 @@ def test_a_checkpoint_keeps_learning_with_another_router(text: tuple[str, str], 
     assert {router.kind for router in placed_routers(model).values()} == {"sigmoid"}
 
 
+def test_a_router_that_looks_at_attention_is_trained_with_the_attention_it_needs(
+    text: tuple[str, str], tmp_path: Path
+) -> None:
+    told = config(text, controllers=[], training={**TRAINING, "steps": 2})
+    fresh = {**told, "model": {**MODEL, "router": {"kind": "attention", "heads": 2}}}
+    first = api.train(fresh, str(tmp_path / "first"))
+    assert first.history.losses["all"] > 0
+    again = api.train({**told, "model": None, "init": str(tmp_path / "first")}, str(tmp_path / "again"))
+    assert again.history.curve[0][2] == pytest.approx(first.history.losses["all"], rel=1e-5)
+
+
 class _Killed(Exception):
     pass
 

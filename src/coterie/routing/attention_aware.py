@@ -99,6 +99,17 @@ class AttentionAware(TokenGraph):
         self.head_distance.zero_()
         self.best_head.fill_(-1)
 
+    @property
+    def settled(self) -> bool:
+        """It knows what it learns from text at large: which head, and the distances of those that count."""
+        told = self.settings
+        if told.head == "lowest_entropy" and int(self.best_head) < 0:
+            return False
+        chosen = [told.head] if isinstance(told.head, int) else list(range(told.heads))
+        if told.head == "lowest_entropy":
+            chosen = [int(self.best_head)]
+        return told.weights == "raw" or bool((self.head_distance[chosen] > 0).all())
+
     def weights(self, x_BLH: Tensor, known: int, here: Here) -> tuple[Weights, int]:
         told, seen = self.settings, here.attention
         A = seen.probability_BALS.shape[1]

@@ -33,6 +33,7 @@ from coterie.balancing.base import Balance
 from coterie.balancing.controllers import Bias
 from coterie.balancing.loads import load_figures
 from coterie.errors import ModelError, UsageError
+from coterie.routing.attention_aware import AttentionAware, settle
 from coterie.routing.base import Router, entropy
 from coterie.routing.record import Record, listening
 from coterie.text import TokenData
@@ -285,6 +286,8 @@ def fit(
     )
     trainer.model_accepts_loss_kwargs = False  # a step's loss is the mean over its forwards, and so are its terms
     around.trainer = trainer
+    if rows and last_checkpoint(folder) is None:
+        _settle(model, trainer.train_dataset, settings.batch_size)
     torch.manual_seed(seed)
     began = time.perf_counter()
     with listening_all(model, [loads, *(c.observe for c in controllers), *listeners]):
@@ -302,6 +305,14 @@ def fit(
             history.curve.append((step, step * settings.step_tokens(processes), mean))
             history.losses = {**losses, "all": mean}
     return history
+
+
+def _settle(model: nn.Module, order: Order, count: int) -> None:
+    """Routers that learn from text which heads to look at see the first batch, for an evaluation comes before it."""
+    if all(router.settled for router in model.modules() if isinstance(router, AttentionAware)):
+        return
+    ids_BL = torch.stack([order[place]["input_ids"] for place in range(min(count, len(order)))])
+    settle(model.eval(), [ids_BL.to(next(model.parameters()).device)])
 
 
 def listening_all(model: nn.Module, listeners: Sequence[Callable[[Record], None]]) -> Any:

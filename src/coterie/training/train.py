@@ -26,6 +26,7 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from coterie.anatomy import any_moe_layers
 from coterie.anatomy.routers import put_residual, put_routers, remember
 from coterie.architectures.config import CoterieConfig
 from coterie.architectures.decoder import CoterieForCausalLM
@@ -209,8 +210,10 @@ def build(
             told = dict(config.router)
             kind, layers = str(told.pop("kind", "top-k")), told.pop("layers", None)
             notes += put_routers(model, kind, told, layers=layers, seed=seed)
-        if config.residual is not None:
-            put_residual(model, config.residual)
+    if any(getattr(layer.router, "needs_attention", False) for layer in any_moe_layers(model)):
+        model.set_attn_implementation("eager")  # other kernels tell no probabilities
+    if config.residual is not None:
+        put_residual(model, config.residual)
     return model.train(), notes
 
 
