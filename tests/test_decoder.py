@@ -235,3 +235,14 @@ def test_a_config_that_cannot_be_built_says_what_is_wrong(changes: dict[str, Any
 def test_more_experts_per_token_than_there_are_is_refused() -> None:
     with pytest.raises(UsageError, match="pick 9 of 8 experts"):
         decoder(router={"kind": "top-k", "top_k": 9})
+
+
+def test_a_router_that_looks_at_attention_is_loaded_with_one_that_tells(tmp_path: Path) -> None:
+    model = decoder(router={"kind": "attention", "weights": "raw", "head": "mean", "heads": 4})
+    expected = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(IDS).logits, expected, atol=1e-6, rtol=1e-5)
+    again.set_attn_implementation("sdpa")
+    with pytest.raises(ModelError, match='attn_implementation="eager"'):
+        again(IDS)

@@ -132,11 +132,12 @@ def register() -> None:
             self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            from coterie.anatomy.routers import check_loaded
+            from coterie.anatomy.routers import check_loaded, show_attention
             from coterie.anatomy.uneven import check_codes
             from coterie.experts import compressed, levels, masks
 
             check_loaded(model)
+            show_attention(model)
             check_codes(model, self.quantization_config.to_dict())
             compressed.fill_missing(model)
             masks.fill_missing(model)

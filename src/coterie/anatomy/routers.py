@@ -251,6 +251,12 @@ def _forget_shared(model: nn.Module, chosen: Collection[MoELayer]) -> None:
         del shared[kind]
 
 
+def show_attention(model: nn.Module) -> None:
+    """Choose the attention that tells its probabilities, where a router of the model looks at them."""
+    if any(isinstance(module, Router) and module.needs_attention for module in model.modules()):
+        model.set_attn_implementation("eager")  # type: ignore[operator]
+
+
 def check_loaded(model: nn.Module) -> None:
     """Raise CheckpointError if the checkpoint just loaded did not hold all weights of our routers: nobody could tell
     from the outputs that they are random."""

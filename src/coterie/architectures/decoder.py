@@ -235,6 +235,14 @@ class CoteriePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         found: str = super().get_correct_experts_implementation(requested_experts or training.NAME)
         return found
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """One that tells its probabilities where a router looks at them, unless another is asked for."""
+        layers = [self.config.settings_of(index) for index in range(self.config.num_hidden_layers)]
+        if requested_attention is None and any(router_class(layer.kind).needs_attention for layer in layers):
+            requested_attention = "eager"
+        found: str = super().get_correct_attn_implementation(requested_attention, is_init_check)
+        return found
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -35,13 +35,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 from coterie.anatomy import MoELayer, decoder_layers, is_experts_module, moe_layers
 from coterie.anatomy.architectures import model_class_of
 from coterie.anatomy.forms import with_planes
+from coterie.anatomy.routers import show_attention
 from coterie.anatomy.uneven import checksums_of, damage, is_coterie, rebuild
 from coterie.errors import CheckpointError, CoterieError, ModelError
 from coterie.experts import forward as experts_forward
 from coterie.experts.masks import Wide
 from coterie.experts.nested import plane_of
 from coterie.experts.packed import checksum
-from coterie.routing.base import Router
 from coterie.streaming.checkpoint import DTYPES, Checkpoint, PackedInfo
 from coterie.streaming.config import choose_compute_dtype, one_line, read_config, stored_form
 from coterie.streaming.fused import fused_layouts
@@ -160,8 +160,7 @@ class StreamedModel:
             raise CheckpointError(f"config.json describes a model that cannot be built: {one_line(error)}") from error
         assert isinstance(model, PreTrainedModel)
         model.set_experts_implementation(self.experts)
-        if any(isinstance(module, Router) and module.needs_attention for module in model.modules()):
-            model.set_attn_implementation("eager")
+        show_attention(model)
         return model.eval()
 
     def _match_keys(self) -> dict[str, str | None]:

@@ -121,7 +121,7 @@ class Turning(TrainerCallback):  # type: ignore[misc]
                 if not self.rules or name not in Residual.model_fields:
                     raise UsageError(f"the schedule of {what} has no residual rule to turn", "Set residual.")
                 for rule in self.rules:
-                    rule.residual = rule.residual.model_copy(update={name: value})
+                    rule.dial(**{name: value})
         for router in self.routers:
             router.at(step, self.steps)
 

@@ -26,8 +26,7 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from coterie.anatomy import any_moe_layers
-from coterie.anatomy.routers import put_residual, put_routers, remember
+from coterie.anatomy.routers import put_residual, put_routers, remember, show_attention
 from coterie.architectures.config import CoterieConfig
 from coterie.architectures.decoder import CoterieForCausalLM
 from coterie.balancing.base import Balance
@@ -204,25 +203,16 @@ def build(
         StreamedModel(Checkpoint.open(source)).refuse_packed("what is trained would not be")
         stored = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
-            source, config=stored, dtype=torch.float32, trust_remote_code=trust_remote_code, **_attention(config)
+            source, config=stored, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
         if config.router is not None:
             told = dict(config.router)
             kind, layers = str(told.pop("kind", "top-k")), told.pop("layers", None)
             notes += put_routers(model, kind, told, layers=layers, seed=seed)
-    if any(getattr(layer.router, "needs_attention", False) for layer in any_moe_layers(model)):
-        model.set_attn_implementation("eager")  # other kernels tell no probabilities
+    show_attention(model)
     if config.residual is not None:
         put_residual(model, config.residual)
     return model.train(), notes
-
-
-def _attention(config: TrainConfig) -> dict[str, str]:
-    """The attention that a router needs which looks at its probabilities."""
-    from coterie.routing.base import router_class
-
-    kind = str((config.router or {}).get("kind", "top-k"))
-    return {"attn_implementation": "eager"} if router_class(kind).needs_attention else {}
 
 
 def read_text(
