@@ -26,6 +26,8 @@ from calls import (
 from coterie.anatomy import moe_layers
 from coterie.anatomy.routers import placed_routers, put_routers
 from coterie.anatomy.slicing import select
+from coterie.architectures.config import CoterieConfig
+from coterie.architectures.decoder import CoterieForCausalLM
 from coterie.errors import ModelError, UsageError
 from coterie.routing.record import Here, Record
 from coterie.routing.rmoe import Recurrence
@@ -249,6 +251,21 @@ def test_the_cosine_head_is_blind_to_lengths() -> None:
         for router in routers_of(model):
             router.weight.mul_(3)
     torch.testing.assert_close(routings(model, tokens())[2].logits_TN, before)
+
+
+def test_a_fresh_decoder_draws_the_shared_projection() -> None:
+    model = CoterieForCausalLM(
+        CoterieConfig(
+            vocab_size=32,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            moe_intermediate_size=8,
+            router={"kind": "rmoe", "size": P, "shared_projection": True},
+        )
+    )
+    projection = model.model.routing_shared["rmoe"].projection.detach()
+    assert 0.015 < float(projection.std()) < 0.025
 
 
 def test_a_shared_projection_is_one_tensor() -> None:

@@ -44,7 +44,7 @@ class Recurrence(nn.Module):
         super().__init__()
         self.kind, self.size = kind, size
         self.cell = CELLS[kind](size, size, **how)
-        self.projection = nn.Parameter(torch.empty(size, hidden, **how)) if projection else None
+        self.projection = nn.Parameter(0.02 * torch.randn(size, hidden, **how)) if projection else None
 
     def forward(self, x_TP: Tensor, before: State | None) -> State:
         """The state after this layer, in float32."""
