@@ -228,6 +228,11 @@ class CoteriePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": CoterieDecoderLayer, "attentions": CoterieAttention}
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: else modules without tensors of their own are taken for initialised, and routers can be such."""
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
