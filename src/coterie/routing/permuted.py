@@ -163,7 +163,7 @@ class Permutation(nn.Module):
             gumbel_EE = -torch.empty_like(logits_EE).exponential_().log()
             logits_EE = logits_EE + self.settings.noise_factor * gumbel_EE
         # the value is L / tau, the gradient as if it were L
-        return sinkhorn(logits_EE + (logits_EE / tau - logits_EE).detach(), iterations)
+        return sinkhorn(logits_EE + (logits_EE / tau - logits_EE), iterations)
 
     def nearest(self) -> Tensor:
         """The expert of each output, [E], int64, in the permutation that has most of the last P."""
