@@ -92,6 +92,37 @@ def methods_page() -> str:
     return page("Methods", "the method classes in src/coterie/compression", body)
 
 
+# ---- parts ----
+
+
+def parts_page() -> str:
+    """Every router, balancing term, controller and residual rule: paper, settings, what its file says."""
+    from coterie.architectures.parts import parts
+    from coterie.cli.common import parameter_rows
+
+    known = parts()
+    body = [
+        "What MoE models are made of and trained with, in `coterie train` and `coterie race`, and in any checkpoint",
+        "with `--init MODEL --router NAME`. See [training](train.md) for how to use them.",
+        "",
+        *table(
+            ["part", "kind", "paper", "what it does"],
+            ([f"[{p.name}](#{_anchor(key)})", p.kind, paper(p.paper), p.summary] for key, p in known.items()),
+        ),
+    ]
+    told: set[str] = set()
+    for key, part in known.items():
+        source = f"src/{part.module.replace('.', '/')}.py"
+        body += [f"## {key}", "", part.summary, "", f"{paper(part.paper) or 'no paper'}; [{source}](../{source})", ""]
+        rows = [[code(n), kind, code(d), span, what] for n, kind, d, span, what in parameter_rows(part.parameters())]
+        columns = ["setting", "type", "default", "range", "what it does"]
+        body += table(columns, rows) if rows else ["No settings.", ""]
+        if part.module not in told:  # several parts may share a file
+            body += ["```text", part.about, "```", ""]
+        told.add(part.module)
+    return page("Parts", "the routers in src/coterie/routing and the terms in src/coterie/balancing", body)
+
+
 # ---- statistics ----
 
 
@@ -334,6 +365,7 @@ def _anchor(title: str) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "methods": methods_page,
+    "parts": parts_page,
     "statistics": statistics_page,
     "cli": cli_page,
     "architectures": architectures_page,

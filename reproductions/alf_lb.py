@@ -15,6 +15,12 @@ Gumbel scores, for which the expected dual value is exact; c = 1/mu, mu its curv
 of what is added to the regret between n and 2n (log n: 0, sqrt n: 0.5, linear: 1). Step sizes and the tolerances of
 the rule were chosen on trial runs.
 
+Training, part two. Claim: a model trained with the bias has far better balanced experts than one with a small balance
+loss, at no worse a loss (1B: MaxVio 0.04 against 0.72, perplexity 9.50 against 9.56). A small decoder with a sigmoid
+gate, 16 experts of which 2 run: no balancing, a loss with weight 0.001, and the bias with steps of 0.01 that stop in
+the last twentieth (in a run of some hundred steps, smaller ones do not get far; 0.001 is shown as well). MaxVio is
+measured on held-out text, after training.
+
     python reproductions/alf_lb.py
 """
 
@@ -26,8 +32,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from training import ROWS, base, columns, losses, options, setting, trained
 
-from common import Reproduction, arguments
+from common import Reproduction, against, told
 from coterie.balancing.assignment import follow, optimum, subgradient
 from coterie.balancing.bias import Rule, Schedule
 from coterie.balancing.online import GumbelScores, excess_of_runs, growth, regret
@@ -75,9 +82,9 @@ COLUMNS = [
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = options(__doc__, tokens=160_000)
     given = parser.parse_args()
-    for result in (theory(given),):
+    for result in (theory(given), training(given)):
         result.show()
         print(f"kept in {result.save()}\n")
 
@@ -186,6 +193,52 @@ def on_new_batches(k: int, seeds: list[int]) -> tuple[list[dict[str, Any]], list
     checks.append((abs(slope - 1) <= CLOSE_SLOPE, abs(slope - 1) > 2 * CLOSE_SLOPE))
     rows.append(row("slope of late excess", k, "proportional", "", "constant", "", "", "", "", "", slope, ""))
     return rows, checks
+
+
+# ---- part two: training ----
+
+NOTHING, LOSS, BIAS, SLOW = "no balancing", "loss, weight 0.001", "bias, steps 0.01", "bias, steps 0.001"
+RULE_TRAINING = (
+    "reproduced if the mean MaxVio with the bias is at least five times below that with the loss, the loss of the"
+    " model is not above that with the balance loss by more than two standard errors of the paired difference over"
+    " seeds, and MaxVio without balancing is above 1; not reproduced if MaxVio with the bias is not below that with the"
+    " loss, or the model's loss is above by more than two standard errors; inconclusive otherwise"
+)
+
+
+def training(given: argparse.Namespace) -> Reproduction:
+    router = {"kind": "sigmoid", "top_k": 2}
+
+    def bias(u: float) -> dict[str, Any]:
+        return base(num_experts=16, router=router, controllers=[{"u": u, "freeze": 0.05}])
+
+    configs = {
+        NOTHING: base(num_experts=16, router=router),
+        LOSS: base(num_experts=16, router=router, balancing=[{"name": "switch", "weight": 0.001}]),
+        BIAS: bias(0.01),
+        SLOW: bias(0.001),
+    }
+    race = trained(configs, given)
+    vio = {name: statistics.fmean(run.mean("max_vio") for run in race.of(name)) for name in configs}
+    versus = told(against(losses(race, BIAS), losses(race, LOSS)))
+    good = 5 * vio[BIAS] <= vio[LOSS] and versus != "above" and vio[NOTHING] > 1
+    return Reproduction(
+        slug="alf-lb",
+        title="ALF-LB: balance by a bias instead of a loss (arXiv:2408.15664)",
+        claim="the bias balances experts at least five times better than a loss of weight 0.001, at no worse a loss",
+        published="MaxVio 0.04 against 0.72, perplexity 9.50 against 9.56 (1B parameters, 100B tokens)",
+        rule=RULE_TRAINING,
+        columns=ROWS,
+        seeds=given.seeds,
+        setting=setting(given, experts="16 of width 128, sigmoid gate, 2 run"),
+        command="python reproductions/alf_lb.py",
+        rows=columns(race),
+        verdict="reproduced"
+        if good
+        else "not reproduced"
+        if vio[BIAS] >= vio[LOSS] or versus == "above"
+        else "inconclusive",
+    )
 
 
 def row(*values: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from common import against, told
 from coterie import api, assets
 
 SIZES: dict[str, Any] = {
@@ -97,3 +98,64 @@ def setting(given: argparse.Namespace, **more: Any) -> dict[str, Any]:
         "model": "decoder, 4 layers, width 128, 8 experts of 128, unless said otherwise",
         **more,
     }
+
+
+def reversed_by(lower: Any, higher: Any) -> str:
+    """How losses by seed compare, in the words of `common.told`: "below" if the first are lower for certain."""
+    return told(against(lower, higher))
+
+
+def columns(race: Any) -> list[dict[str, Any]]:
+    """A row for each config of a race, for `Reproduction.rows`."""
+    return [
+        {
+            "config": row["name"],
+            "loss": row["loss"],
+            "two standard errors": row["spread"] or 0.0,
+            "difference": row["difference"],
+            "of the difference": row["difference_spread"] or 0.0,
+            "experts per token": row["experts_per_token"],
+            "violation": row["max_vio"],
+            "MFLOP per token": row["flops_per_token"] / 1e6,
+        }
+        for row in race.table()
+    ]
+
+
+ROWS = [
+    "config",
+    "loss",
+    "two standard errors",
+    "difference",
+    "of the difference",
+    "experts per token",
+    "violation",
+    "MFLOP per token",
+]
+
+
+def token_losses(model: Any, text: Any) -> tuple[Any, dict[int, Any]]:
+    """Loss of every held-out token [T], and of the same tokens, by layer, how many experts they ran [T]."""
+    import torch
+
+    from coterie.routing.record import listening
+
+    losses: list[torch.Tensor] = []
+    ran: dict[int, list[torch.Tensor]] = {}
+
+    def see(record: Any) -> None:
+        for layer, routing in record.routings.items():
+            count_BL = (routing.expert_TK < routing.experts).sum(-1).view(record.shape)
+            ran.setdefault(layer, []).append(count_BL[:, :-1][real_BL[:, 1:]].float())
+
+    with torch.no_grad(), listening(model, see):
+        for data in text.tests.values():
+            for batch in data.batches:
+                mask_BL = batch.mask_BL
+                real_BL = torch.ones_like(batch.ids_BL, dtype=torch.bool) if mask_BL is None else mask_BL
+                logits = model(input_ids=batch.ids_BL, attention_mask=real_BL.long(), use_cache=False).logits
+                loss = torch.nn.functional.cross_entropy(
+                    logits[:, :-1].flatten(0, 1).float(), batch.ids_BL[:, 1:].flatten(), reduction="none"
+                )
+                losses.append(loss.view(len(batch.ids_BL), -1)[real_BL[:, 1:]])
+    return torch.cat(losses), {layer: torch.cat(parts) for layer, parts in ran.items()}

@@ -59,7 +59,8 @@ def test_a_capacity_is_never_exceeded_and_never_left_unused(
     capacity = Capacity(factor=factor, eval_factor=factor, policy=policy, minimum=1)
     routing = routed(index, 6, torch.rand(tokens, slots_, generator=generator), mask)
     kept = capacity.kept(routing, training=training)
-    size = capacity.size(int(mask.sum()), slots_, 6, training=training)
+    filled = (index[mask] < 6).sum()
+    size = capacity.size(int(filled), 6, training=training)
     wanted = torch.bincount(index[mask].flatten(), minlength=7)[:6]
     got = torch.bincount(index[kept], minlength=7)
     assert torch.equal(got[:6], wanted.clamp(max=size))
@@ -109,8 +110,8 @@ def test_by_probability_the_surest_tokens_stay() -> None:
 
 @pytest.mark.parametrize(("factor", "size"), [(1.0, 8), (1.25, 10), (0.01, 4)])
 def test_the_size_of_a_capacity_is_the_papers(factor: float, size: int) -> None:
-    assert Capacity(factor=factor).size(30, 2, 8, training=True) == size
-    assert Capacity(eval_factor=2.0).size(30, 2, 8, training=False) == 15
+    assert Capacity(factor=factor).size(60, 8, training=True) == size
+    assert Capacity(eval_factor=2.0).size(60, 8, training=False) == 15
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -135,8 +136,9 @@ def test_dropped_slots_cost_nothing_and_the_model_in_use_repeats_itself(family: 
 
 def test_null_experts_take_no_capacity() -> None:
     index = torch.tensor([[0, 4], [5, 4], [4, 0], [5, 1]])
-    capacity = Capacity(factor=1.0, minimum=1)  # 2 places each
-    assert torch.equal(capacity.kept(routed(index, 4), training=True), index < 4)
+    roomy, tight = (Capacity(factor=factor, minimum=1, policy="position") for factor in (2.0, 1.0))
+    assert torch.equal(roomy.kept(routed(index, 4), training=True), index < 4)  # 3 slots for 4 experts: 2 places each
+    assert tight.kept(routed(index, 4), training=True).sum() == 2  # 1 place each
 
 
 def test_what_was_dropped_is_no_expert() -> None:

@@ -17,6 +17,7 @@ from coterie.conversion.segment import segment
 from coterie.conversion.spawn import spawn
 from coterie.errors import ModelError, UsageError
 from families import tiny
+from inprocess import cli
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 512
 CUT = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "deepseek-v2", "gpt-oss", "glm4-moe", "granite-moe")
@@ -150,3 +151,20 @@ def test_masks_differ_between_experts_and_are_reproducible(granularity: Any) -> 
 def test_experts_of_another_width_cannot_be_spawned() -> None:
     with pytest.raises(ModelError, match="24 neurons"):
         spawn(dense(), CoterieConfig(**{**DENSE, "moe_intermediate_size": 16}))
+
+
+# -- the verb ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_cut_and_gathered_on_the_command_line(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    tiny("olmoe").save_pretrained(source)
+    told = cli("grow", "segment", source, tmp_path / "finer", "--pieces", 2, "--json")
+    assert told.code == 0, told.err
+    assert told.json()["experts"] == [8, 16]
+    assert cli("grow", "aggregate", source, source, tmp_path / "both", "--noise", "0.01").code == 0
+    both = AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+    assert moe_layers(both)[0].num_experts == 16
+    refused = cli("grow", "aggregate", source, tmp_path / "alone")
+    assert refused.code == 2
+    assert "at least two" in refused.err

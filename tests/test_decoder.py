@@ -109,6 +109,16 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         torch.testing.assert_close(again[name], gradient, msg=name)
 
 
+def test_the_loss_in_training_is_that_of_the_logits() -> None:
+    model, labels = decoder(**MIXED), IDS.clone()
+    labels[0, :5] = -100
+    logits = model(IDS, labels=labels)
+    trained = model.train()(IDS, labels=labels)
+    assert trained.logits is None
+    torch.testing.assert_close(trained.loss, logits.loss, atol=1e-5, rtol=1e-5)
+    assert model(IDS, labels=labels, logits_to_keep=0).logits.shape == (2, 17, 512)
+
+
 def test_the_other_kind_of_checkpointing_is_refused() -> None:
     model = decoder(**MIXED).train()
     model.gradient_checkpointing_enable({"use_reentrant": True})

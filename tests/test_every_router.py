@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,15 @@ from coterie.anatomy.routers import put_routers
 from coterie.routing.base import router_class, routers
 from families import tiny
 
-importlib.import_module("coterie")
-
 KINDS = list(routers())
 MODELS = ("mixtral", "qwen3-moe", "olmoe", "deepseek-v3")
-# where the defaults would leave something out; all others are tested as they are
+# where the defaults would leave something out, by kind, or cannot be, by kind and model; all others are as they come
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamoe": {"top_k": 3, "nulls": 6},
     "activation": {"activation": "gelu", "learn_tau": True, "sparsify": "threshold", "threshold": 0.1},
     "dts": {"use": "soft", "tau": 0.5},
     "top-k": {"noise": True, "jitter": 0.1},
+    "attention deepseek-v3": {"weights": "raw", "head": "mean"},  # latent attention has no values for a posterior
 }
 IDS = torch.randint(0, 512, (2, 12), generator=torch.Generator().manual_seed(0))
 every_router = pytest.mark.parametrize("kind", KINDS)
@@ -38,19 +36,17 @@ def attention(kind: str) -> dict[str, Any]:
 
 def made(family: str, kind: str) -> Any:
     model = tiny(family, **attention(kind))
-    put_routers(model, kind, SETTINGS.get(kind))
+    put_routers(model, kind, SETTINGS.get(f"{kind} {family}", SETTINGS.get(kind)))
     return model
 
 
 @functools.cache
 def in_use(family: str, kind: str) -> Any:
-    """A model that no test changes."""
-    return made(family, kind)
-
-
-def sees_only_the_past(kind: str) -> None:
-    if router_class(kind).looks_ahead:
-        pytest.skip("its routes depend on later tokens and other rows")
+    """A model that no test changes. It has seen a batch in training, for routers that keep statistics of it."""
+    model = made(family, kind).train()
+    gradients(model)
+    model.zero_grad()
+    return model.eval()
 
 
 def gradients(model: Any, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
@@ -82,7 +78,8 @@ def test_two_calls_in_use_are_equal(family: str, kind: str) -> None:
 @every_model
 @torch.no_grad()
 def test_decoding_with_a_cache_equals_the_whole_forward(family: str, kind: str) -> None:
-    sees_only_the_past(kind)
+    if router_class(kind).looks_ahead:
+        pytest.skip("its routes depend on later tokens and other rows")
     model = in_use(family, kind)
     whole = model(IDS, use_cache=False).logits
     out = model(IDS[:, :7], use_cache=True)
@@ -91,16 +88,6 @@ def test_decoding_with_a_cache_equals_the_whole_forward(family: str, kind: str) 
         out = model(IDS[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True)
         parts.append(out.logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
-
-
-@every_router
-@every_model
-@torch.no_grad()
-def test_later_tokens_do_not_change_earlier_ones(family: str, kind: str) -> None:
-    sees_only_the_past(kind)
-    model, other = in_use(family, kind), IDS.clone()
-    other[:, 8:] = (other[:, 8:] + 100) % 512
-    torch.testing.assert_close(model(other).logits[:, :8], model(IDS).logits[:, :8], atol=1e-5, rtol=1e-4)
 
 
 @every_router
@@ -119,11 +106,11 @@ def test_left_padding_does_not_change_a_row(family: str, kind: str) -> None:
 @every_router
 @every_model
 def test_training_has_finite_gradients_which_checkpointing_does_not_change(family: str, kind: str) -> None:
-    model = made(family, kind).train()
-    loss, plain = gradients(model)
+    loss, plain = gradients(made(family, kind).train())
     assert loss.isfinite()
     assert all(gradient.isfinite().all() for gradient in plain.values())
     assert any("experts" in name and gradient.any() for name, gradient in plain.items())
+    model = made(family, kind).train()
     model.gradient_checkpointing_enable()
     again, checkpointed = gradients(model)
     torch.testing.assert_close(again, loss)

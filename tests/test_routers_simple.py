@@ -196,11 +196,11 @@ def test_slots_are_as_many_as_the_largest_set() -> None:
 # -- AdaMoE ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "combine"), [("mixtral", None), ("qwen3-moe", None), ("olmoe", "raw")])
-def test_adamoe_without_nulls_is_the_model_bit_for_bit(family: str, combine: str | None) -> None:
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "qwen3-moe", "olmoe"])
+def test_adamoe_without_nulls_is_the_model_bit_for_bit(family: str) -> None:
     model = tiny(family)
     before = model(IDS).logits
-    put_routers(model, "adamoe", {"nulls": 0, **({"combine": combine} if combine else {})})
+    put_routers(model, "adamoe", {"nulls": 0})
     assert torch.equal(model(IDS).logits, before)
 
 
@@ -255,7 +255,7 @@ def test_null_rows_learn_from_the_null_term_alone(family: str) -> None:
     from coterie.balancing.base import Balance
 
     model = tiny(family).train()
-    put_routers(model, "adamoe", {"top_k": 3, "nulls": 6})
+    put_routers(model, "adamoe", {"top_k": 3, "nulls": 6, "combine": "renormalised"})
     model(IDS, labels=IDS).loss.backward()
     routers: list[Any] = list(placed_routers(model).values())
     assert not any(router.null_weight.grad.any() for router in routers)
@@ -683,6 +683,13 @@ def test_all_logits_get_gradients_while_the_gate_is_soft(weights: str) -> None:
     assert router.weight.grad.any(-1).all()
 
 
+def test_the_hard_gate_learns_through_the_weight_of_its_expert_alone() -> None:
+    for combine, learns in (("raw", True), ("unit", False)):
+        router: Any = alone("dts", {"hard": True, "top_k": 1, "combine": combine}).train()
+        routing = decide(router, numbers(20, 16))
+        assert routing.weight_TK.requires_grad == learns
+
+
 def test_the_gate_in_use_has_no_noise_and_the_softmax_as_weight() -> None:
     for told in ({"top_k": 1}, {"top_k": 1, "weights": "gumbel"}, {"top_k": 1, "hard": True}):
         router = alone("dts", told)
@@ -753,6 +760,13 @@ def test_padding_takes_no_place_with_any_expert(pool: str) -> None:
     else:
         assert torch.equal(routing.chosen_TN()[5:12], decide(router, x_TH[5:12]).chosen_TN())
         assert torch.equal(routing.chosen_TN()[12:], decide(router, x_TH[12:]).chosen_TN())
+
+
+def test_a_row_of_padding_alone_gets_no_expert() -> None:
+    mask = torch.tensor([[True] * 12, [False] * 12])
+    routing = decide(alone("expert-choice", {"pool": "sequence"}), numbers(24, 16), shape=(2, 12), mask_BL=mask)
+    assert routing.chosen_TN()[:12].sum() == 24
+    assert not routing.chosen_TN()[12:].any()
 
 
 # -- settings and weights ----------------------------------------------------------------------------------------------

@@ -36,6 +36,15 @@ def test_the_same_router_in_its_place_gives_the_same_logits(family: str) -> None
     torch.testing.assert_close(model(IDS).logits, before, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "deepseek-v3"])
+def test_a_router_put_twice_is_put_once(family: str) -> None:
+    model = tiny(family)
+    put_routers(model, LIKE[family])
+    before = model(IDS).logits
+    put_routers(model, LIKE[family])
+    assert torch.equal(model(IDS).logits, before)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_with_other_routers_is_saved_rebuilt_and_generates(family: str, tmp_path: Path) -> None:
     model = tiny(family)

@@ -26,7 +26,7 @@ from coterie.routing.record import listening
 from coterie.training import train as train_module
 from coterie.training.dials import Dial, Turning
 from coterie.training.flops import forward_flops
-from coterie.training.stream import Windows, tokenized
+from coterie.training.stream import Order, Windows, tokenized
 from inprocess import cli
 
 
@@ -341,6 +341,25 @@ def test_a_balancing_term_reaches_the_loss_in_training_alone() -> None:
     Balance([Constant(weight=0.5)]).watch(model)
     torch.testing.assert_close(model(IDS, labels=IDS).loss, plain + 1)
     torch.testing.assert_close(model.eval()(IDS, labels=IDS).loss, plain)
+
+
+def test_a_model_that_grows_goes_on_on_the_text_that_follows(text: tuple[str, str], tmp_path: Path) -> None:
+    told = config(text, grow={"share": 0.5, "ratio": 0.25}, training={**TRAINING, "steps": 8})
+    trained = api.train(told, str(tmp_path / "grown"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
+    assert {router.num_experts for router in placed_routers(model).values()} == {4}
+    steps = [entry["step"] for entry in trained.history.entries if "loss" in entry]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [bool(entry["layers"]) for entry in trained.history.entries if "loss" in entry] == [False] * 4 + [True] * 4
+
+
+def test_windows_come_in_one_order_whatever_the_phases(text: tuple[str, str], tmp_path: Path) -> None:
+    windows = Windows(tokenized([text[0]], train_module.load_tokenizer(api_pocket()), tmp_path, tokens=2000), 64)
+    whole = Order(windows, 70, seed=1).numbers
+    assert torch.equal(
+        torch.cat([Order(windows, 30, seed=1).numbers, Order(windows, 40, seed=1, skip=30).numbers]), whole
+    )
+    assert sorted(whole[: len(windows)].tolist()) == list(range(len(windows)))
 
 
 # -- races -------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from coterie import plugin
 
 __version__ = "0.1.0"
 __all__ = [
+    "aggregate",
     "build_patterns",
     "compare",
     "compare_at_size",
@@ -29,6 +30,7 @@ __all__ = [
     "profile",
     "race",
     "score_tasks",
+    "segment",
     "skipping",
     "super_experts",
     "train",

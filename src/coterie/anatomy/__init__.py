@@ -5,13 +5,14 @@ say is in one table (`architectures`).
 """
 
 from coterie.anatomy.experts import ExpertBank, ExpertWeights, is_experts_module
-from coterie.anatomy.layers import MoELayer, decoder_layers, moe_layers
+from coterie.anatomy.layers import MoELayer, any_moe_layers, decoder_layers, moe_layers
 from coterie.anatomy.slicing import check_keep, narrowed, select, slice_names
 
 __all__ = [
     "ExpertBank",
     "ExpertWeights",
     "MoELayer",
+    "any_moe_layers",
     "check_keep",
     "decoder_layers",
     "is_experts_module",

@@ -115,6 +115,11 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     return [_moe_layer(model, prefix, index, name) for index, name in _experts_of(prefix, layers)]
 
 
+def any_moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The same for models that may be dense: [] for one without experts."""
+    return moe_layers(model) if any(is_experts_module(module) for module in model.modules()) else []
+
+
 def _experts_of(prefix: str, layers: nn.ModuleList) -> list[tuple[int, str]]:
     found = []
     for index, layer in enumerate(layers):

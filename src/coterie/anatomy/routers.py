@@ -23,14 +23,14 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from coterie.anatomy.layers import MoELayer, decoder_layers, moe_layers
+from coterie.anatomy.layers import MoELayer, any_moe_layers, decoder_layers, moe_layers
 from coterie.anatomy.slicing import slice_names
 from coterie.errors import CheckpointError, UsageError
 from coterie.experts.mapped import expert_map
 from coterie.routing import record
 from coterie.routing.base import Router, RouterSettings, checked, router_class
 from coterie.routing.permuted import Permuted
-from coterie.routing.residual import Momentum, Residual, attach, feeding_norm, momentum
+from coterie.routing.residual import Momentum, Residual, addition, attach, feeding_norm, momentum
 
 
 class RouterForm(BaseModel):
@@ -44,12 +44,13 @@ class RouterForm(BaseModel):
 
 class ResidualForm(BaseModel):
     """The residual rule of one layer. norm : child of the decoder layer that feeds the experts, for rules that look at
-    it."""
+    it. scale : what the decoder layer multiplies before it adds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     settings: dict[str, Any] = {}
     norm: str | None = None
+    scale: float = 1.0
 
 
 # -- by users ----------------------------------------------------------------------------------------------------------
@@ -82,6 +83,7 @@ def put_routers(
     notes: list[str] = []
     chosen = _chosen(model, layers)
     cls = router_class(kind)
+    _forget_shared(model, chosen)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer in chosen:
@@ -103,14 +105,23 @@ def put_routers(
 def put_residual(
     model: nn.Module, settings: Mapping[str, Any] | Residual, *, layers: Collection[int] | None = None
 ) -> None:
-    """Let the MoE layers of a model in memory add their outputs with momentum over depth. Once a model.
+    """Let the MoE layers of a model in memory add their outputs with momentum over depth. Once a layer.
 
-    Raises UsageError for settings that are wrong, ModelError where a rule needs a norm that a layer does not have.
+    How layers add is found by running single tokens, which every router of the model must be able to route by then.
+    Raises UsageError for settings that are wrong, ModelError where a rule needs a norm that a layer does not have, or
+    where layers do not simply add what their experts give.
     """
     told = settings if isinstance(settings, Residual) else checked("residual", Residual, dict(settings))
+    chosen = _chosen(model, layers)
+    if had := [layer.index for layer in chosen if momentum(layer.block) is not None]:
+        raise UsageError(
+            f"layers {', '.join(map(str, had))} have momentum already",
+            "Change it with momentum(block).dial(mu=...), then remember(model).",
+        )
+    scales = [addition(model, layer.decoder, layer.block, layer.index) for layer in chosen]
     _equip(model)
-    for order, layer in enumerate(_chosen(model, layers)):
-        rule = Momentum(told, layer.index, order)
+    for order, (layer, scale) in enumerate(zip(chosen, scales, strict=True)):
+        rule = Momentum(told, layer.index, order, scale)
         norm = feeding_norm(model, layer.decoder, layer.block) if rule.looks_at_stream else None
         attach(layer.block, norm, rule)
     remember(model)
@@ -158,7 +169,7 @@ def remember(model: nn.Module) -> None:
     config: Any = model.config
     held: Any = getattr(config, "quantization_config", None)
     entry = held.to_dict() if hasattr(held, "to_dict") else held
-    found = moe_layers(model)
+    found = any_moe_layers(model)
     if hasattr(config, "remember"):  # a decoder of ours says in its own config what it is made of
         ours = {layer.index: layer.router for layer in found if isinstance(layer.router, Router)}
         rules = {layer.index: rule for layer in found if (rule := momentum(layer.block)) is not None}
@@ -197,7 +208,7 @@ def residual_form(layer: MoELayer) -> ResidualForm | None:
     if rule.looks_at_stream:
         hooks = {n: [getattr(h, "rule", None) for h in m._forward_pre_hooks.values()] for n, m in _children(layer)}
         norm = next(n for n, rules in hooks.items() if any(r is rule for r in rules))
-    return ResidualForm(settings=_told(rule.residual), norm=norm)
+    return ResidualForm(settings=_told(rule.residual), norm=norm, scale=rule.scale)
 
 
 def place_router(model: nn.Module, layer: MoELayer, form: RouterForm) -> Router:
@@ -211,15 +222,13 @@ def place_router(model: nn.Module, layer: MoELayer, form: RouterForm) -> Router:
     router = cls(layer.bank.hidden_size, layer.router_size, told, layer=layer.index, **how)
     layer.block.set_submodule(layer.router_name.rpartition(".")[2], router)
     layer.experts._is_expert_parallel = True  # type: ignore[assignment]  # transformers' own forwards then expect "no expert"
-    base = _base(model)
-    if (shared := getattr(base, record.SHARED, None)) is None or form.kind not in shared:
-        module = cls.shared_module(layer.bank.hidden_size, told, **how)
-        if module is not None:
-            with torch.no_grad():
-                _reset(module, _spread(model))
-            record.share(base, form.kind, module)
+    module = cls.shared_module(layer.bank.hidden_size, told, **how)
+    if module is not None:
+        _share(model, layer, form.kind, module)
     if cls.needs_attention:
         record.watch_attention(layer.decoder, layer.index)
+    else:
+        record.let_attention_be(layer.decoder)
     text: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
     if hasattr(text, "output_router_logits"):  # the architecture's own balance loss expects its own routers
         text.output_router_logits = False
@@ -238,11 +247,41 @@ def apply_routing(model: nn.Module, routers: Mapping[int, RouterForm], residuals
             if rule.norm is not None and rule.norm not in children:
                 raise CheckpointError(f"config.json: layer {index} has no part {rule.norm!r}")
             norm = None if rule.norm is None else children[rule.norm]
-            attach(layers[index].block, norm, Momentum(told, index, order))
+            attach(layers[index].block, norm, Momentum(told, index, order, rule.scale))
     except UsageError as error:
         raise CheckpointError(f"config.json: {error.message}", error.hint) from error
     if routers or residuals:
         _equip(model)
+
+
+def _share(model: nn.Module, layer: MoELayer, kind: str, module: nn.Module) -> None:
+    """Hang `module` beside the layers, unless there is such a one already. Raises UsageError where it does not fit."""
+    base = _base(model)
+    shared = getattr(base, record.SHARED, None)
+    if shared is None or kind not in shared:
+        with torch.no_grad():
+            _reset(module, _spread(model))
+        record.share(base, kind, module)
+        return
+    found, wanted = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (shared[kind], module))
+    if found != wanted:
+        raise UsageError(
+            f"the {kind} routers of a model share one part; layer {layer.index} needs another one ({wanted}) than the"
+            f" layers before it ({found})",
+            "Give all layers the same sizes.",
+        )
+
+
+def _forget_shared(model: nn.Module, chosen: Collection[MoELayer]) -> None:
+    """Drop what only routers shared that are about to be replaced."""
+    base = _base(model)
+    shared = getattr(base, record.SHARED, None)
+    if shared is None:
+        return
+    replaced = {layer.index for layer in chosen}
+    kinds = {router.kind for index, router in placed_routers(model).items() if index not in replaced}
+    for kind in set(shared) - kinds:
+        del shared[kind]
 
 
 def _children(layer: MoELayer) -> list[tuple[str, nn.Module]]:
@@ -298,12 +337,18 @@ def _as_before(model: nn.Module, layer: MoELayer, cls: type[Router]) -> dict[str
     found: dict[str, Any] = {}
     if "top_k" in fields and "most" not in fields:
         found["top_k"] = layer.top_k
+    text: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
     if "vocabulary" in fields:
-        text: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
         found["vocabulary"] = int(text.vocab_size)
+    if "heads" in fields:
+        found["heads"] = int(text.num_attention_heads)
     if "groups" in fields and layer.groups > 1:
         found |= {"groups": layer.groups, "groups_used": layer.groups_used}
-    if "scale" in fields and "combine" in fields and not isinstance(layer.router, Router):
+    if "scale" in fields and "combine" in fields and isinstance(layer.router, Router):
+        before = layer.router.settings
+        if cls.adopt is not Router.adopt or before.combine == "renormalised":
+            found |= {n: getattr(before, n) for n in ("combine", "scale") if hasattr(before, n)}
+    elif "scale" in fields and "combine" in fields:
         parameter = layer.router_like
         if parameter.device.type != "meta" and expert_map(layer.experts) is None:
             generator = torch.Generator().manual_seed(0)
@@ -314,6 +359,8 @@ def _as_before(model: nn.Module, layer: MoELayer, cls: type[Router]) -> dict[str
                 return found
             if (sum_T - sum_T.mean()).abs().max() < 1e-2 * sum_T.mean():
                 found |= {"combine": "renormalised", "scale": round(float(sum_T.mean()), 3)}
+            elif cls.adopt is not Router.adopt:
+                found["combine"] = "raw"
     return found
 
 

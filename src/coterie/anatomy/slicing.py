@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from coterie.anatomy.layers import MoELayer
 from coterie.errors import ModelError
 from coterie.experts.forward import rerouted
+from coterie.routing.base import Router
 
 
 def check_keep(layer: MoELayer, keep: Sequence[int]) -> None:
@@ -80,9 +81,10 @@ def slice_names(layer: MoELayer) -> dict[str, int]:
     owned = [(layer.experts_name, layer.experts, False), (layer.router_name, layer.router, True)]
     for path, module, recurse in [*owned, (layer.name, layer.block, False)]:
         E = layer.num_experts if module is layer.experts else layer.router_size
+        rowless = module.rowless if isinstance(module, Router) else ()
         tensors = [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
         for name, tensor in tensors:
-            if name in getattr(module, "not_per_expert", ()):
+            if name in rowless:
                 continue
             if tensor.dim() and tensor.shape[0] == E:
                 found[f"{path}.{name}"] = 0

@@ -1,6 +1,7 @@
 """The Python API: what the command line does, as functions. Names and defaults are the same."""
 
 from coterie.api.at_size import compare_at_size
+from coterie.api.grow import aggregate, segment
 from coterie.api.look import build_patterns, match_pattern, profile, super_experts
 from coterie.api.runtime import Runtime, calibration
 from coterie.api.shrink import (
@@ -21,6 +22,7 @@ from coterie.api.use import evaluate, load, score_tasks, skipping
 
 __all__ = [
     "Runtime",
+    "aggregate",
     "budget_of",
     "build_patterns",
     "calibration",
@@ -42,6 +44,7 @@ __all__ = [
     "race",
     "recipe_requests",
     "score_tasks",
+    "segment",
     "skipping",
     "super_experts",
     "train",

@@ -30,7 +30,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from coterie.architectures.config import CoterieConfig, LayerSettings
+from coterie.architectures.head_loss import IGNORED, head_loss
 from coterie.balancing.base import Balance
+from coterie.experts import training
 from coterie.experts.forward import experts_forward
 from coterie.routing import record, residual
 from coterie.routing.base import Router, router_class
@@ -233,6 +235,11 @@ class CoteriePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         """No: else modules without tensors of their own are taken for initialised, and routers can be such."""
         return False
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The fast one for training unless another is asked for."""
+        found: str = super().get_correct_experts_implementation(requested_experts or training.NAME)
+        return found
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -341,11 +348,12 @@ class CoterieForCausalLM(CoteriePreTrainedModel, GenerationMixin):  # type: igno
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: int | Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, L, V], and with labels [B, L] (-100: not predicted) the mean loss of the next tokens; in training
-        the balancing terms are added to it."""
+        the balancing terms are added to it. A model in training that is given labels makes no logits: its loss is
+        computed chunk by chunk (`head_loss`), unless `logits_to_keep` asks for some."""
         loss_options = {k: kwargs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in kwargs}
         output = self.model(
             input_ids=input_ids,
@@ -356,10 +364,18 @@ class CoterieForCausalLM(CoteriePreTrainedModel, GenerationMixin):  # type: igno
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BLV = self.lm_head(output.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
+        x_BLH, logits_BLV, loss = output.last_hidden_state, None, None
+        if labels is None or not self.training or logits_to_keep is not None:
+            wanted = logits_to_keep or 0
+            kept = slice(-wanted, None) if isinstance(wanted, int) else wanted
+            logits_BLV = self.lm_head(x_BLH[:, kept])
+        if labels is not None and logits_BLV is None:
+            next_BL = loss_options.get("shift_labels")
+            if next_BL is None:
+                next_BL = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            items = loss_options.get("num_items_in_batch")
+            loss = head_loss(x_BLH, self.lm_head.weight, next_BL, items=items)
+        elif labels is not None:
             loss = self.loss_function(logits_BLV, labels, self.config.vocab_size, **loss_options)
         return CausalLMOutputWithPast(
             loss=loss,

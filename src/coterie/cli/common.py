@@ -106,7 +106,7 @@ def verb_first(arguments: list[str]) -> list[str]:
         moved.append(option)
         if option in _TAKES_VALUE and rest:
             moved.append(rest.pop(0))
-    at = 2 if rest[:1] in (["analyze"], ["patterns"]) else 1  # a verb that has verbs of its own
+    at = 2 if rest[:1] in (["analyze"], ["patterns"], ["grow"]) else 1  # a verb that has verbs of its own
     return [*rest[:at], *moved, *rest[at:]] if rest else moved
 
 

@@ -13,6 +13,7 @@ from coterie.cli.demo import demo
 from coterie.cli.evaluate import evaluate
 from coterie.cli.export import export
 from coterie.cli.finetune import finetune
+from coterie.cli.grow import grow
 from coterie.cli.heal import heal
 from coterie.cli.inspect import inspect
 from coterie.cli.methods import methods
@@ -64,6 +65,7 @@ for _verb in (inspect, profile, plan, compress, compare, evaluate, export, train
 
 app.add_typer(analyze, name="analyze")
 app.add_typer(patterns, name="patterns")
+app.add_typer(grow, name="grow")
 
 
 def main() -> None:

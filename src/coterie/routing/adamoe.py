@@ -10,8 +10,12 @@ A token that picked nulls alone has no weight: the layer adds nothing, and share
 k E / (E + M) true experts run per token. What drives the load there is a loss: `null` of `balancing.losses`, strong at
 first and weak later. Without it the null rows learn nothing, for renormalising cancels their mass.
 
+With the "coterie" experts implementation time falls with the load. transformers' grouped one still moves a row for each
+null slot, which eats the gain.
+
 Starting from a trained router, null rows are copies of its rows in turn, plus noise, so that ties have no fixed winner.
-A model that applies probabilities as they are (OLMoE) should keep "raw"; the nulls' mass then lowers all its weights.
+A model that applies probabilities as they are (OLMoE) keeps "raw" unless told otherwise: the nulls' mass then lowers
+all its weights, and null rows learn from the task too.
 
 Nulls are zero maps, the variant the paper evaluates. Identity maps are not offered: a router cannot add to the output.
 """
@@ -54,7 +58,7 @@ class AdaMoE(Router):
         nulls: int = Field(default=8, ge=0)
         scale: float = Field(default=1.0, gt=0)
 
-    not_per_expert = ("null_weight",)
+    rowless = ("null_weight",)
 
     def __init__(self, hidden: int, experts: int, settings: RouterSettings, **more: Any) -> None:
         super().__init__(hidden, experts, settings, **more)

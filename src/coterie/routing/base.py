@@ -137,10 +137,11 @@ class Router(nn.Module):
     paper: ClassVar[str] = ""
     # why experts cannot be removed from a model with this router; "" if its tensors have one row per expert
     unsliceable: ClassVar[str] = ""
-    not_per_expert: ClassVar[tuple[str, ...]] = ()  # tensors whose rows are no experts, though there may be E of them
     # a token's route depends on later tokens or on other sequences: such a model cannot generate as it was trained
     looks_ahead: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = False  # the attention probabilities of its block, see `record`
+    # tensors, by their names in the router, without a row per expert, although their shapes may look so
+    rowless: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -173,6 +174,11 @@ class Router(nn.Module):
     def num_outputs(self) -> int:
         """N."""
         return self.num_experts
+
+    @property
+    def carries_state(self) -> bool:
+        """It hands something on to later layers: their routes cannot be known from hidden states alone."""
+        return False
 
     @classmethod
     def shared_module(cls, hidden: int, settings: Any, **how: Any) -> nn.Module | None:

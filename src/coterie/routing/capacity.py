@@ -1,6 +1,7 @@
 """Capacity: an expert takes so many tokens and no more; who stays out is drawn, or decided by order or probability.
 
-    C = max(ceil(T / E * factor * K), minimum)                          T tokens without padding, K slots per token
+    C = max(ceil(n / E * factor), minimum)      n slots that hold an expert, padding apart: T K with a top-k router,
+                                                fewer with null experts or sets of any size
     random       every token of an overfull expert is kept with probability C / n_e, wherever it stands (Random Token
                  Selection, arXiv:2109.10465): the first C of a fresh random order of its tokens
     position     the first C in the order of the batch (GShard, Switch): late tokens lose
@@ -9,7 +10,8 @@
 A dropped slot is "no expert": it costs nothing and adds nothing. The choice of experts is never changed, only who gets
 in. Second choices queue behind all first choices, except by probability. What is dropped does not change the losses
 that balance, for these count what was chosen. With "random", a model in use (not in training) drops by position, so
-that it gives the same answer twice. Without a capacity nothing is dropped; that is the default everywhere.
+that it gives the same answer twice. A capacity ties tokens to each other: what a token gets depends on its batch, and
+on how much of a text comes in one call. Without one nothing is dropped; that is the default everywhere.
 
 Of the weights that are left, nothing is renormalised, as in Switch.
 """
@@ -51,20 +53,19 @@ class Capacity(BaseModel):
     policy: Literal["random", "position", "probability"] = "random"
     minimum: int = Field(default=4, ge=1)
 
-    def size(self, tokens: int, slots: int, experts: int, *, training: bool) -> int:
-        """C."""
+    def size(self, slots: int, experts: int, *, training: bool) -> int:
+        """C. slots : how many hold an expert."""
         factor = self.factor if training else self.eval_factor
-        return max(math.ceil(tokens / experts * factor * slots), self.minimum)
+        return max(math.ceil(slots / experts * factor), self.minimum)
 
     def kept(self, routing: Routing, *, training: bool) -> Tensor:
         """Which slots [T, K] have a place. Slots of padding and slots without an expert take none."""
         index_TK = routing.index_TK
         T, K = index_TK.shape
         real_TK = index_TK < routing.experts
-        tokens = T
         if routing.mask_T is not None:
-            real_TK, tokens = real_TK & routing.mask_T[:, None], int(routing.mask_T.sum())
-        C = self.size(tokens, K, routing.experts, training=training)
+            real_TK = real_TK & routing.mask_T[:, None]
+        C = self.size(int(real_TK.sum()), routing.experts, training=training)
         # a slot's place in its expert's queue: all first choices before all second ones
         expert_S = index_TK.masked_fill(~real_TK, routing.experts).T.reshape(-1)
         if self.policy == "probability":

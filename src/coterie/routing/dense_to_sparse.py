@@ -80,7 +80,7 @@ class DenseToSparse(Router):
         threshold: float = Field(default=0.01, ge=0, lt=1)
         scale: float = Field(default=1.0, gt=0)
 
-    not_per_expert = ("log_tau",)
+    rowless = ("log_tau",)
 
     def __init__(self, hidden: int, experts: int, settings: RouterSettings, **more: Any) -> None:
         super().__init__(hidden, experts, settings, **more)

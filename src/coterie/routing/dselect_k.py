@@ -54,7 +54,7 @@ class DSelectK(Gated):
         per_token: bool = True
 
     unsliceable = "spells the number of an expert digit by digit"
-    not_per_expert = ("digit_weight", "digit_bias", "selector_weight", "selector_bias")
+    rowless = ("digit_weight", "digit_bias", "selector_weight", "selector_bias")
 
     def __init__(self, hidden: int, experts: int, settings: RouterSettings, **more: Any) -> None:
         super().__init__(hidden, experts, settings, **more)

@@ -14,7 +14,7 @@ balance.
 The paper's variant with an upper bound on experts per token is not offered.
 """
 
-# T = B * L tokens, H hidden, E experts, K experts per token: as many as the token with most has
+# T = B * L tokens, H hidden, E experts, C tokens per expert, K experts per token: as many as the token with most has
 
 from __future__ import annotations
 
@@ -59,9 +59,11 @@ class ExpertChoice(Router):
         real_BL1 = torch.ones_like(probability_TE[:, :1], dtype=torch.bool) if here.mask_T is None else here.mask_T
         real_BL1 = real_BL1.view(B, L, 1)
         score_BLE = probability_TE.detach().view(B, L, E).masked_fill(~real_BL1, -1.0)
-        rank_BLE = score_BLE.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        C_B11 = (real_BL1.sum(1, keepdim=True) * self.top_k / E).round().clamp(min=1)
-        chosen_TE = ((rank_BLE < C_B11) & real_BL1).view(T, E)
+        C_B11 = (real_BL1.sum(1, keepdim=True) * self.top_k / E).round().clamp(min=1).long()
+        token_BCE = score_BLE.topk(int(C_B11.max()), dim=1).indices
+        take_BCE = torch.arange(token_BCE.shape[1], device=x_TH.device)[:, None].expand_as(token_BCE) < C_B11
+        chosen_BLE = torch.zeros_like(score_BLE, dtype=torch.bool).scatter(1, token_BCE, take_BCE)
+        chosen_TE = (chosen_BLE & real_BL1).view(T, E)
         index_TK = slots(chosen_TE, probability_TE)
         weight_TK = combined(at(probability_TE, index_TK), self.settings.combine, index_TK < E)
         return Routing(logits_TE, probability_TE, index_TK, weight_TK, E, self.settings.combine)

@@ -163,7 +163,7 @@ class Permutation(nn.Module):
             gumbel_EE = -torch.empty_like(logits_EE).exponential_().log()
             logits_EE = logits_EE + self.settings.noise_factor * gumbel_EE
         # the value is L / tau, the gradient as if it were L
-        return sinkhorn(logits_EE + (logits_EE / tau - logits_EE), iterations)
+        return sinkhorn(logits_EE + (logits_EE / tau - logits_EE).detach(), iterations)
 
     def nearest(self) -> Tensor:
         """The expert of each output, [E], int64, in the permutation that has most of the last P."""
@@ -203,7 +203,7 @@ class Permuted(Router):
         self.unsliceable = "sees the experts in another order"  # type: ignore[misc]
         self.looks_ahead = cls.looks_ahead  # type: ignore[misc]
         owned = [n for n, _ in [*self.named_parameters(), *self.named_buffers()] if not n.startswith("inner.")]
-        self.not_per_expert = (*owned, *(f"inner.{n}" for n in cls.not_per_expert))  # type: ignore[misc]
+        self.rowless = (*owned, *(f"inner.{n}" for n in cls.rowless))  # type: ignore[misc]
 
     @classmethod
     def shared_module(cls, hidden: int, settings: Any, **how: Any) -> nn.Module | None:
@@ -217,6 +217,10 @@ class Permuted(Router):
     @property
     def top_k(self) -> int:
         return self.inner.top_k if hasattr(self, "inner") else int(self.settings.top_k)
+
+    @property
+    def carries_state(self) -> bool:
+        return self.inner.carries_state
 
     def at(self, step: int, steps: int) -> None:
         self.inner.at(step, steps)

@@ -14,10 +14,13 @@ through the first one. Checkpointing must therefore be the kind that keeps the g
 transformers does by default); the other kind is refused.
 
 With a key-value cache, what routers must remember of earlier tokens is kept on the cache object itself and follows it
-when beams are reordered or tokens cut off.
+when beams are reordered, tokens cut off or the cache is copied.
+
+Without gradients and without anybody who listens, a record holds no more than the last layers need: a deep model does
+not pay for its depth in memory.
 """
 
-# B batch, L sequence of this call, P tokens before it in the cache, T = B*L, H hidden, A attention heads, D head size
+# B batch, L sequence of this call, P tokens before it in the cache, T = B*L, H hidden, A attention heads
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +40,7 @@ from coterie.errors import ModelError
 if TYPE_CHECKING:
     from coterie.routing.base import Routing
 
+Made = TypeVar("Made")
 _RECORD: ContextVar[Record | None] = ContextVar("coterie_record", default=None)
 SHARED = "routing_shared"  # what routers of one kind share hangs under this name beside the list of layers
 _KEPT = "_coterie_routing"  # on a key-value cache
@@ -69,7 +73,6 @@ class Attention:
     output_BLH: Tensor
     value_BLM: Tensor | None
     projection: nn.Module | None
-    head_size: int
 
 
 @dataclass
@@ -78,22 +81,28 @@ class Record:
 
     routings : what each layer's router decided. states : what a layer left for later ones, by (kind, layer).
     shared : modules that all routers of a kind share. ids_BL, mask_BL, segment_BL : of this call's tokens; a mask of
-    None means no padding, segments of None that a row is one sequence.
+    None means no padding, segments of None that a row is one sequence. before, past : what routers keep with the
+    key-value cache, as it was when the call began and as it will be. made : what a layer shall not make twice.
     """
 
     owner: nn.Module | None = None
     ids_BL: Tensor | None = None
     mask_BL: Tensor | None = None
     mask_BS: Tensor | None = None  # with the tokens before
+    pairs_BLS: Tensor | None = None  # which see which, where the call says it pair by pair
     segment_BL: Tensor | None = None
     grad: bool = False
+    listened: bool = False
+    before: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     past: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     past_length: int = 0
     cached: bool = False
     shared: Any = None
     routings: dict[int, Routing] = field(default_factory=dict)
     states: dict[tuple[str, int], Any] = field(default_factory=dict)
+    made: dict[tuple[str, int], Any] = field(default_factory=dict)
     attention: dict[int, Attention] = field(default_factory=dict)
+    streams: dict[int, Tensor] = field(default_factory=dict)  # what a norm received that its block will need
     shape: tuple[int, int] | None = None
     token: Token[Record | None] | None = None
 
@@ -156,12 +165,32 @@ class Here:
 
     def leave(self, state: Any, what: str = "") -> None:
         """Leave something for later layers. A layer that is run again for its gradients leaves nothing new."""
-        if self.record is not None:
-            _put(self.record, self.record.states, (what or self.kind, self.layer), state)
+        if self.record is None:
+            return
+        name, states = what or self.kind, self.record.states
+        _put(self.record, states, (name, self.layer), state)
+        if not self.record.grad:  # nothing is run again: only the nearest earlier state can still be asked for
+            for layer in sorted(layer for kind, layer in states if kind == name and layer < self.layer)[:-1]:
+                del states[name, layer]
+
+    def once(self, what: str, make: Callable[[], Made]) -> Made:
+        """What `make` gives, or gave when this layer ran first: for what changes a module while it trains, and must
+        not change it again, nor come out another way, when gradient checkpointing runs the layer a second time."""
+        if self.record is None or not self.record.grad:
+            return make()
+        key = (f"{self.kind}.{what}", self.layer)
+        if key not in self.record.made:
+            self.record.made[key] = make()
+        found: Made = self.record.made[key]
+        return found
 
     def keep(self, routing: Routing) -> None:
-        if self.record is not None:
-            _put(self.record, self.record.routings, self.layer, routing)
+        record = self.record
+        if record is None:
+            return
+        if not (record.grad or record.listened):
+            record.routings.clear()
+        _put(record, record.routings, self.layer, routing)
 
     @property
     def attention(self) -> Attention:
@@ -181,7 +210,7 @@ class Here:
         if record is None or not record.cached:
             return value_BLX
         key = (f"{self.kind}.{what}", self.layer)
-        before = record.past.get(key)
+        before = record.before.get(key)
         known = 0 if before is None else before.shape[1]
         if known != record.past_length:
             raise ModelError(
@@ -189,8 +218,8 @@ class Here:
                 f" {self.layer} saw {known} of them",
                 "Start with an empty cache that only this model fills.",
             )
-        whole = value_BLX.detach() if before is None else torch.cat([before, value_BLX.detach()], 1)
-        record.past[key] = whole
+        whole = value_BLX if before is None else torch.cat([before, value_BLX], 1)
+        record.past[key] = whole.detach()
         return whole
 
 
@@ -236,6 +265,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     inner = getattr(record.owner, "_coterie_inner", ()) if record is not None else ()
     if record is None or not any(m is module for m in inner) or record.owner is module:
         record = Record(owner=module, grad=torch.is_grad_enabled())
+        record.listened = bool(getattr(module, "_coterie_listeners", ()))
         record.token = _RECORD.set(record)
     if hasattr(module, SHARED):
         record.shared = getattr(module, SHARED)
@@ -247,20 +277,38 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         record.shape = (int(tokens.shape[0]), int(tokens.shape[1]))
     if record.shape is None:
         return
-    mask = given.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        record.mask_BS = mask.bool()
-        record.mask_BL = record.mask_BS[:, -record.shape[1] :]
+    cache, use = given.get("past_key_values"), given.get("use_cache")
+    if cache is not None:
+        record.past_length, record.before = int(cache.get_seq_length()), dict(getattr(cache, _KEPT, {}))
+        record.past = dict(record.before)
+    if use is None:  # then models do as their config says
+        config: Any = getattr(module, "config", None)
+        use = config is not None and getattr(config.get_text_config(decoder=True), "use_cache", False)
+    record.cached = cache is not None or bool(use)
+    _look_at_mask(record, given.get("attention_mask"))
     positions = given.get("position_ids")
-    if isinstance(positions, Tensor) and positions.dim() == 2 and mask is None and record.shape[1] > 1:
+    if isinstance(positions, Tensor) and positions.dim() == 2 and record.mask_BS is None and record.shape[1] > 1:
         positions_BL = positions.expand(record.shape)  # packed sequences: positions start again at each
         record.segment_BL = (positions_BL.diff(dim=1, prepend=positions_BL[:, :1] - 1) != 1).cumsum(1)
-    cache = given.get("past_key_values")
-    if cache is not None:
-        record.cached, record.past_length = True, int(cache.get_seq_length())
-        record.past = dict(getattr(cache, _KEPT, {}))
-    elif given.get("use_cache"):
-        record.cached = True
+
+
+def _look_at_mask(record: Record, mask: Any) -> None:
+    """Of padding [B, P + L], or of pairs [B, 1, L, P + L or more], which generation with a static cache makes of it."""
+    assert record.shape is not None
+    if isinstance(mask, dict):  # by the kind of layer
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor):
+        return
+    B, L = record.shape
+    if mask.dim() == 2:
+        record.mask_BS = mask.bool()
+        record.mask_BL = record.mask_BS[:, -L:]
+    elif mask.dim() == 4:
+        S = record.past_length + L
+        pairs = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2  # added to scores
+        record.pairs_BLS = pairs[:, 0, :, :S].expand(B, L, S)
+        record.mask_BS = record.pairs_BLS.any(1)  # padding is seen by nobody
+        record.mask_BL = record.mask_BS[:, -L:]
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -318,36 +366,38 @@ def _checkpointed(checkpoint: Callable[..., Any], function: Callable[..., Any], 
     return checkpoint(with_record, *args)
 
 
+class _Following:
+    """What is kept on a cache changes with it. Mixed into the class of the cache itself, so that its copies follow."""
+
+    def _keep(self, edit: Callable[[Tensor], Tensor]) -> None:
+        setattr(self, _KEPT, {key: edit(value) for key, value in getattr(self, _KEPT, {}).items()})
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._keep(lambda value: value.index_select(0, beam_idx.to(value.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._keep(lambda value: value[indices.to(value.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._keep(lambda value: value.repeat_interleave(repeats, 0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        if tokens_to_remove:
+            self._keep(lambda value: value[:, : -abs(tokens_to_remove)])
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self._keep(lambda value: value[:, :0])
+
+
 def _follow(cache: Any) -> None:
-    """What is kept on a cache changes with it."""
-    if getattr(cache, "_coterie_follows", False):
-        return
-    cache._coterie_follows = True
-
-    def following(name: str, change: Callable[..., Callable[[Tensor], Tensor]]) -> None:
-        original = getattr(cache, name, None)
-        if original is None:
-            return
-
-        @functools.wraps(original)
-        def both(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            edit = change(*args, **kwargs)
-            setattr(cache, _KEPT, {key: edit(value) for key, value in getattr(cache, _KEPT, {}).items()})
-            return result
-
-        setattr(cache, name, both)
-
-    def chosen(rows: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda value: value.index_select(0, rows.to(value.device))
-
-    def cropped(length: int) -> Callable[[Tensor], Tensor]:
-        return lambda value: value[:, :length]  # a negative length cuts off so many, as the cache does
-
-    following("reorder_cache", lambda beam_idx: chosen(beam_idx))
-    following("batch_select_indices", lambda indices: chosen(indices))
-    following("batch_repeat_interleave", lambda repeats: lambda value: value.repeat_interleave(repeats, 0))
-    following("crop", lambda max_length: cropped(max_length))
+    cls = type(cache)
+    if not issubclass(cls, _Following):
+        cache.__class__ = type(cls.__name__, (_Following, cls), {})
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -362,29 +412,40 @@ def watch_attention(decoder: nn.Module, layer: int) -> None:
             "Choose another router for this layer.",
         )
     module = found[0]
-    if getattr(module, "_coterie_attention", None) is None:
-        place: dict[str, Any] = {"layer": layer}
-        module._coterie_attention = place  # type: ignore[assignment]
-        module.register_forward_hook(_attended)
+    place: Any = getattr(decoder, "_coterie_watched", None)
+    if place is None:
+        place = {"layer": layer}
+        decoder._coterie_watched = place
+        module.register_forward_hook(functools.partial(_attended, place))
         values = getattr(module, "v_proj", None)
         if isinstance(values, nn.Module):
             values.register_forward_hook(functools.partial(_valued, place))
+    place["on"] = True
+
+
+def let_attention_be(decoder: nn.Module) -> None:
+    """The router of this decoder layer does not look at attention (any more): nothing of it is kept."""
+    place = getattr(decoder, "_coterie_watched", None)
+    if isinstance(place, dict):
+        place["on"] = False
 
 
 def _valued(place: dict[str, Any], module: nn.Module, args: Any, output: Tensor) -> None:
     place["value"] = output
 
 
-def _attended(module: nn.Module, args: Any, output: Any) -> None:
-    record, place = current(), module._coterie_attention
-    assert isinstance(place, dict)
+def _attended(place: dict[str, Any], module: nn.Module, args: Any, output: Any) -> None:
+    record = current()
     value_BLM = place.pop("value", None)
-    if record is None or not isinstance(output, tuple) or len(output) < 2 or not isinstance(output[1], Tensor):
+    if (
+        record is None
+        or not place["on"]
+        or not isinstance(output, tuple)
+        or len(output) < 2
+        or not isinstance(output[1], Tensor)
+    ):
         return
     probability = output[1]
     if probability.dim() != 4:
         return
-    sizes: list[Any] = [getattr(module, name, None) for name in ("v_head_dim", "head_dim")]
-    head = int(next((size for size in sizes if size), 0))
-    projection = getattr(module, "o_proj", None)
-    record.attention[place["layer"]] = Attention(probability, output[0], value_BLM, projection, head)
+    record.attention[place["layer"]] = Attention(probability, output[0], value_BLM, getattr(module, "o_proj", None))

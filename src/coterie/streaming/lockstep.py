@@ -8,7 +8,9 @@ rotary embeddings and layer types stay the model's own business.
         step.run()            # every batch passes layer step.index; observers see them
         edit(step.layer)      # the layer is still in memory
 
-Peak memory: the hidden states of all batches (spilled to disk above a limit) beside one layer.
+Peak memory: the hidden states of all batches (spilled to disk above a limit) beside one layer. Where layers hand more
+than hidden states to later ones (a recurrent router's state, momentum over depth), that is kept beside them, and is
+neither spilled nor stored: such a sweep cannot go on in the middle, and starts again from the first layer.
 """
 
 # B batch, L sequence, H hidden
@@ -218,12 +220,19 @@ def sweep(
         Go on from this layer with the outputs `states` kept of the one before.
     progress : Progress, optional
 
-    The layer is freed when the loop body ends; its outputs are kept first if `states` is durable.
+    The layer is freed when the loop body ends; its outputs are kept first if `states` is durable and they are all that
+    later layers need. Raises ModelError for a first layer above 0 where they are not.
     """
     states, progress = states or States(), progress or Progress()
     walkers: list[greenlet] = []
-    keepable = states.durable and states.folder is not None
     layers, hub = streamed.layers, getcurrent()
+    handed_on = carries_state(layers)
+    if handed_on and first > 0:
+        raise ModelError(
+            f"a sweep cannot go on at layer {first}: layer {handed_on[0]} hands more than hidden states to later ones",
+            "Run all layers again: start at layer 0.",
+        )
+    keepable = states.durable and states.folder is not None and not handed_on
     originals = [layer.forward for layer in layers]
 
     def door(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -311,6 +320,11 @@ def sweep(
         streamed.forget_buffers()
         torch.set_flush_denormal(flushed)
         progress.done()
+
+
+def carries_state(layers: nn.ModuleList) -> list[int]:
+    """Decoder layers with a part that hands something on to later layers besides hidden states."""
+    return [i for i, layer in enumerate(layers) if any(getattr(m, "carries_state", False) for m in layer.modules())]
 
 
 def _flushes_denormals() -> bool:

@@ -41,6 +41,7 @@ from coterie.experts import forward as experts_forward
 from coterie.experts.masks import Wide
 from coterie.experts.nested import plane_of
 from coterie.experts.packed import checksum
+from coterie.routing.base import Router
 from coterie.streaming.checkpoint import DTYPES, Checkpoint, PackedInfo
 from coterie.streaming.config import choose_compute_dtype, one_line, read_config, stored_form
 from coterie.streaming.fused import fused_layouts
@@ -159,6 +160,8 @@ class StreamedModel:
             raise CheckpointError(f"config.json describes a model that cannot be built: {one_line(error)}") from error
         assert isinstance(model, PreTrainedModel)
         model.set_experts_implementation(self.experts)
+        if any(isinstance(module, Router) and module.needs_attention for module in model.modules()):
+            model.set_attn_implementation("eager")
         return model.eval()
 
     def _match_keys(self) -> dict[str, str | None]:

@@ -85,6 +85,31 @@ class TrainingSettings(BaseModel):
         return self.steps or 1000
 
 
+class Growth(BaseModel):
+    """EvoMoE's expert-diversify: layers hold one expert at first, which then becomes many (arXiv:2112.14397).
+
+    Parameters
+    ----------
+    share : float
+        Of the training, in which there is one expert.
+    ratio : float
+        Share of each spawned expert's weights that is set to zero. granularity : "element" or "neuron".
+    noise : float
+        Relative spread of what is added to them. rescale : bool, weights that stay are divided by 1 - ratio.
+    router_std : float
+        Spread of the new routers' weights.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    share: float = Field(default=0.1, gt=0, lt=1)
+    ratio: float = Field(default=0.5, ge=0, lt=1)
+    granularity: Literal["element", "neuron"] = "element"
+    noise: float = Field(default=0.0, ge=0)
+    rescale: bool = False
+    router_std: float = Field(default=1e-3, ge=0)
+
+
 class TrainConfig(BaseModel):
     """A training.
 
@@ -98,6 +123,9 @@ class TrainConfig(BaseModel):
         Terms added to the loss, each a `name` and its settings. controllers : bias updates after each step.
     dials : list of dict
         Schedules.
+    grow : dict
+        A fresh model starts with one expert per layer, see `Growth`. Balancing, controllers and dials are for the
+        second phase.
     data, evaluate : list of str
         Text: files, folders, datasets. Without `evaluate` some documents of `data` are held out.
     tokenizer : str
@@ -115,6 +143,7 @@ class TrainConfig(BaseModel):
     balancing: list[dict[str, Any]] = []
     controllers: list[BiasSettings] = []
     dials: list[Dial] = []
+    grow: Growth | None = None
     data: list[str] = []
     evaluate: list[str] = []
     tokenizer: str | None = None
@@ -126,6 +155,8 @@ class TrainConfig(BaseModel):
             raise ValueError("give either model, for a fresh one, or init, a checkpoint to start from")
         if self.model is not None and (self.router is not None or self.residual is not None):
             raise ValueError("router and residual go with init; those of a fresh model stand in model")
+        if self.grow is not None and self.model is None:
+            raise ValueError("grow is for a fresh model: it starts with one expert per layer")
         return self
 
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 from transformers import TrainerCallback
 
-from coterie.anatomy import moe_layers
+from coterie.anatomy import any_moe_layers
 from coterie.balancing.base import Balance
 from coterie.errors import UsageError
 from coterie.routing.base import Router
@@ -98,7 +98,7 @@ class Turning(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, dials: Sequence[Dial], model: nn.Module, balance: Balance | None, steps: int) -> None:
         self.dials, self.balance, self.steps = list(dials), balance, steps
-        blocks = moe_layers(model)
+        blocks = any_moe_layers(model)
         self.routers = [layer.router for layer in blocks if isinstance(layer.router, Router)]
         self.rules = [rule for layer in blocks if (rule := momentum(layer.block)) is not None]
         self.now: dict[str, float] = {}

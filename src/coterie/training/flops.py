@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from coterie.anatomy import moe_layers
+from coterie.anatomy import any_moe_layers
 from coterie.routing.base import Router
 from coterie.routing.record import SHARED
 
@@ -26,7 +26,7 @@ def forward_flops(model: nn.Module, length: int, slots: Mapping[int, float] | No
 
     slots : experts per token of each MoE layer, measured; else as many as its router has slots.
     """
-    layers = moe_layers(model)
+    layers = any_moe_layers(model)
     config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     routed = 0.0

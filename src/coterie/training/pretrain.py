@@ -25,9 +25,10 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainingArguments
 
-from coterie.anatomy import moe_layers
+from coterie.anatomy import any_moe_layers
 from coterie.balancing.base import Balance
 from coterie.balancing.controllers import Bias
 from coterie.balancing.loads import load_figures
@@ -37,7 +38,7 @@ from coterie.routing.record import Record, listening
 from coterie.text import TokenData
 from coterie.training.config import TrainingSettings
 from coterie.training.dials import Dial, Turning
-from coterie.training.stream import Windows
+from coterie.training.stream import Order, Windows
 from coterie.training.trainer import OnLog, PlainTrainer, Rows, last_checkpoint
 
 METRICS = "metrics.jsonl"
@@ -63,6 +64,19 @@ class History:
     seconds: float = 0.0
     tokens: int = 0
     steps: int = 0
+
+    def then(self, later: History) -> History:
+        """This training and one that went on behind it, as one."""
+        moved = [{**e, "step": e["step"] + self.steps, "tokens": e["tokens"] + self.tokens} for e in later.entries]
+        curve = [(step + self.steps, tokens + self.tokens, loss) for step, tokens, loss in later.curve]
+        return History(
+            later.losses,
+            [*self.curve, *curve],
+            [*self.entries, *moved],
+            self.seconds + later.seconds,
+            self.tokens + later.tokens,
+            self.steps + later.steps,
+        )
 
 
 @dataclass
@@ -121,7 +135,11 @@ class Loads:
 
 
 class MoETrainer(PlainTrainer):
-    """The Trainer of whole MoE models. A step whose loss or gradient is no number is not taken."""
+    """The Trainer of whole MoE models. A step whose loss or gradient is no number is not taken. The order of its text
+    is the text's business."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
@@ -224,11 +242,13 @@ def fit(
     controllers: Sequence[Bias] = (),
     balance: Balance | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    listeners: Sequence[Callable[[Record], None]] = (),
     device: str = "cpu",
     seed: int = 0,
     processes: int = 1,
     reports: Sequence[str] = (),
     checkpoints: bool = True,
+    skip: int = 0,
     on_log: OnLog = lambda phase, step, steps, loss: None,
 ) -> History:
     """Train a model in memory, going on from the last whole checkpoint in `folder`.
@@ -237,8 +257,10 @@ def fit(
     ----------
     windows : what it learns from. tests : held-out text by domain.
     balance : terms of the loss; a model that has its own keeps them where None.
+    listeners : shown the record of every model call, in training and in evaluations.
     reports : of the Trainer's integrations, such as "tensorboard".
     checkpoints : False: none are written, a killed run starts again.
+    skip : windows that were read before.
 
     Raises ModelError if a loss or a gradient is no number, UsageError for dials that do not fit. Peak memory: weights,
     gradients and two moments in float32, and the activations of a batch.
@@ -257,7 +279,7 @@ def fit(
     trainer = MoETrainer(
         model,
         _arguments(folder, settings, steps, device, seed, reports, checkpoints=checkpoints, evaluate=bool(rows)),
-        windows,  # type: ignore[arg-type]
+        Order(windows, steps * settings.step_tokens(processes) // settings.length, seed=seed, skip=skip),  # type: ignore[arg-type]
         rows or None,  # type: ignore[arg-type]
         [turning, around, journal, *callbacks],
     )
@@ -265,7 +287,7 @@ def fit(
     around.trainer = trainer
     torch.manual_seed(seed)
     began = time.perf_counter()
-    with listening_all(model, [loads, *(c.observe for c in controllers)]):
+    with listening_all(model, [loads, *(c.observe for c in controllers), *listeners]):
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     seconds = time.perf_counter() - began
     history = History(entries=journal.entries, seconds=seconds, steps=steps)
@@ -365,5 +387,5 @@ def routers_of(model: nn.Module) -> dict[int, str]:
     """Kind of each MoE layer's router; of the architecture's own, the name of its class."""
     return {
         layer.index: layer.router.kind if isinstance(layer.router, Router) else type(layer.router).__name__
-        for layer in moe_layers(model)
+        for layer in any_moe_layers(model)
     }

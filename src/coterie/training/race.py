@@ -26,19 +26,18 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from coterie.balancing.base import Balance
-from coterie.balancing.controllers import Bias
 from coterie.compression.records import versions
 from coterie.errors import UsageError
-from coterie.routing.record import Record, listening
+from coterie.routing.record import Record
 from coterie.streaming.checkpoint import Checkpoint, resolve
 from coterie.streaming.lockstep import Progress
 from coterie.streaming.writer import Workspace, write_json
 from coterie.training.config import TrainConfig
 from coterie.training.flops import training_flops
-from coterie.training.pretrain import Loads, fit
+from coterie.training.pretrain import Loads
 from coterie.training.stream import Windows
 from coterie.training.train import Text, build, read_text
+from coterie.training.train import run as run_config
 from coterie.training.trainer import no_denormals, shown_on
 
 
@@ -269,22 +268,19 @@ def _one(
     seen = Seen()
     bar = progress or Progress()
     place = folder / "runs" / f"{name}-{seed}-{time.monotonic_ns()}"
-    with listening(model, seen):
-        history = fit(
-            model,
-            windows,
-            text.tests,
-            config.training,
-            folder=place,
-            dials=config.dials,
-            controllers=[Bias(settings, model) for settings in config.controllers],
-            balance=Balance.of(config.balancing) if config.balancing else None,
-            callbacks=[seen],
-            device=device,
-            seed=seed,
-            checkpoints=False,
-            on_log=shown_on(bar),
-        )
+    model, history = run_config(
+        config,
+        model,
+        windows,
+        text.tests,
+        folder=place,
+        callbacks=[seen],
+        listeners=[seen],
+        device=device,
+        seed=seed,
+        checkpoints=False,
+        on_log=shown_on(bar),
+    )
     bar.done()
     run = Run(
         name,

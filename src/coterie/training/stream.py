@@ -67,6 +67,27 @@ class Windows(Dataset[dict[str, Tensor]]):
         return {"input_ids": ids_L, "labels": ids_L}
 
 
+class Order(Dataset[dict[str, Tensor]]):
+    """Windows in the order a training reads them: mixed anew in every pass, the same for the same seed whatever the
+    batches and processes. skip : windows that an earlier phase has read. count : windows that will be read."""
+
+    def __init__(self, windows: Windows, count: int, *, seed: int = 0, skip: int = 0) -> None:
+        self.windows = windows
+        n, last = len(windows), skip + count
+        passes = [_mixed(n, seed, number) for number in range(skip // n, -(-last // n))]
+        self.numbers = torch.cat(passes)[skip % n :][:count]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        return self.windows[int(self.numbers[place])]
+
+
+def _mixed(count: int, seed: int, number: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * number + seed))
+
+
 def tokenized(
     sources: Sequence[str],
     tokenizer: Any,

@@ -14,7 +14,9 @@ config, goes on from its last checkpoint, with another one it is refused, naming
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from coterie.architectures.decoder import CoterieForCausalLM
 from coterie.balancing.base import Balance
 from coterie.balancing.controllers import Bias
 from coterie.compression.records import versions
+from coterie.conversion.spawn import spawn
 from coterie.errors import ModelError, UsageError
 from coterie.streaming.checkpoint import Checkpoint, resolve
 from coterie.streaming.lockstep import Progress
@@ -101,15 +104,12 @@ def train(
             notes.append(
                 f"the text has {text.stream.tokens:,} tokens and is read {again / text.stream.tokens:.1f} times"
             )
-        history = fit(
+        model, history = run(
+            config,
             model,
             windows,
             text.tests,
-            config.training,
             folder=place / "training",
-            dials=config.dials,
-            controllers=[Bias(settings, model) for settings in config.controllers],
-            balance=Balance.of(config.balancing) if config.balancing else None,
             callbacks=[*([Kept(work)] if work is not None else []), *_tensorboard(place)],
             device=device,
             seed=seed,
@@ -124,6 +124,64 @@ def train(
         names = write_run(model, config, text, place, done.record, history)
         work.publish(names)
     return done
+
+
+def run(
+    config: TrainConfig,
+    model: Any,
+    windows: Windows,
+    tests: Mapping[str, TokenData],
+    *,
+    folder: Path,
+    processes: int = 1,
+    callbacks: Sequence[Any] = (),
+    **how: Any,
+) -> tuple[Any, History]:
+    """Train `model` as the config says; returns the model that came out of it, which is another one if it grew.
+
+    A model that grows is trained first with one expert per layer, at a constant rate; then with all of them, on the
+    text that follows, by the config's own schedule. Keywords beyond these are `fit`'s.
+    """
+    settings, skip, before = config.training, 0, None
+    seed = int(how.get("seed", 0))
+    how |= {"processes": processes, "callbacks": callbacks}
+    if config.grow is not None:
+        steps = settings.total(processes)
+        first = max(1, round(config.grow.share * steps))
+        phase = settings.model_copy(update={"steps": first, "tokens": None, "schedule": "constant"})
+        settings = settings.model_copy(update={"steps": max(1, steps - first), "tokens": None})
+        torch.manual_seed(seed)
+        dense = CoterieForCausalLM(one_expert(model.config)).train()
+        before = fit(dense, windows, tests, phase, folder=folder / "first", **how)
+        model = spawn(dense, model.config, seed=seed, **config.grow.model_dump(exclude={"share"}))
+        skip, folder = first * phase.step_tokens(processes) // phase.length, folder / "second"
+    history = fit(
+        model,
+        windows,
+        tests,
+        settings,
+        folder=folder,
+        dials=config.dials,
+        controllers=[Bias(told, model) for told in config.controllers],
+        balance=Balance.of(config.balancing) if config.balancing else None,
+        skip=skip,
+        **how,
+    )
+    return model, history if before is None else before.then(history)
+
+
+def one_expert(config: CoterieConfig) -> CoterieConfig:
+    """The same decoder with a single expert, a dense layer, wherever there are many. Raises UsageError for layers that
+    would differ in width."""
+    told = config.to_dict()
+    sparse = [config.settings_of(i) for i in range(config.num_hidden_layers)]
+    widths = {layer.width for layer in sparse if not layer.dense}
+    if len(widths) > 1 or any(layer.dense for layer in sparse):
+        raise UsageError("only a decoder whose layers all have experts of one width can grow", "Drop grow.")
+    for name in ("layer_types", "model_type", "transformers_version"):
+        told.pop(name, None)
+    told |= {"intermediate_size": widths.pop(), "first_dense": config.num_hidden_layers, "residual": None}
+    return CoterieConfig(**told)
 
 
 def build(
@@ -259,7 +317,7 @@ def write_run(
     written = [entry.name for entry in folder.iterdir() if entry.suffix in (".safetensors", ".json", ".model", ".txt")]
     (folder / "train.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     write_json(folder / "coterie.json", record)
-    shutil.copyfile(folder / "training" / METRICS, folder / METRICS)
+    (folder / METRICS).write_text("".join(json.dumps(entry) + "\n" for entry in history.entries))
     write_page(history, folder / "experts.html", title=folder.name.removesuffix(".partial"))
     extra = ["train.yaml", "coterie.json", METRICS, "experts.html"]
     return [*{*written, *extra} - {"job.json"}, *(["tensorboard"] if (folder / "tensorboard").exists() else [])]

@@ -1,4 +1,4 @@
-"""Turns the C source beside this file into a library for the processor it runs on, once per machine and user.
+"""Turns a C source beside this file into a library for the processor it runs on, once per machine and user.
 
 The compiler is the system's (`CC`, cc, gcc or clang). The result lies in the user's cache directory under a name made
 of everything that it depends on: source, compiler, options, processor. Its last bytes are its own checksum, so that a
@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("grouped.c")
+DENSE = Path(__file__).with_name("dense.c")
 FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno")
 COMPILERS = ("cc", "gcc", "clang")
 
@@ -26,19 +27,19 @@ class BuildError(Exception):
     """There is no library, and why."""
 
 
-def library(flags: tuple[str, ...] = FLAGS, cache: Path | None = None) -> ctypes.CDLL:
-    """The kernel, built if it is not in the cache. Raises BuildError."""
+def library(flags: tuple[str, ...] = FLAGS, cache: Path | None = None, source: Path = SOURCE) -> ctypes.CDLL:
+    """The kernels of a source, built if they are not in the cache. Raises BuildError."""
     compiler = _compiler()
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *_identity(compiler), *flags, _processor()]).encode())
-    file = (cache or cache_directory()) / f"grouped-{key.hexdigest()[:32]}.so"
+    key = hashlib.sha256("\0".join([source.read_text(), *_identity(compiler), *flags, _processor()]).encode())
+    file = (cache or cache_directory()) / f"{source.stem}-{key.hexdigest()[:32]}.so"
     if not _whole(file):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            _build(compiler, flags, file)
+            _build(compiler, flags, source, file)
         except OSError:  # a home that cannot be written to: build for this process alone
             with tempfile.TemporaryDirectory(prefix="coterie-kernel-") as folder:
                 file = Path(folder) / file.name
-                _build(compiler, flags, file)
+                _build(compiler, flags, source, file)
                 return _loaded(file)  # the open file outlives its name
     return _loaded(file)
 
@@ -71,13 +72,13 @@ def _processor() -> str:
     return platform.machine() + "".join(line for line in lines if line.startswith(wanted))
 
 
-def _build(compiler: str, flags: tuple[str, ...], file: Path) -> None:
+def _build(compiler: str, flags: tuple[str, ...], source: Path, file: Path) -> None:
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".part")
     os.close(handle)
     part = Path(name)
     try:
         for threads in (("-fopenmp",), ()):  # a compiler without OpenMP makes a kernel of one thread
-            command = [compiler, *flags, *threads, "-o", name, str(SOURCE)]
+            command = [compiler, *flags, *threads, "-o", name, str(source)]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace")
             if done.returncode == 0:
                 break
