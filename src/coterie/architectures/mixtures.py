@@ -231,8 +231,9 @@ class Mixture(_Routed):
         """
         x_TH = self.bottom(features)
         chosen = [gate(x_TH)[1:] for gate in self.gates]
-        if any(2 * index_TK.shape[-1] >= self.experts.num_experts for _, index_TK in chosen):
-            y_TEO = self.experts.all(x_TH)  # once for all tasks
+        # all experts run once for all tasks, in one product: from a quarter of them on that is no slower than one by one
+        if 4 * sum(index_TK.shape[-1] for _, index_TK in chosen) >= self.experts.num_experts:
+            y_TEO = self.experts.all(x_TH)
             mixed = [weighted(y_TEO, index_TK, weight_TK) for weight_TK, index_TK in chosen]
         else:
             mixed = [self.experts(x_TH, index_TK, weight_TK) for weight_TK, index_TK in chosen]
