@@ -231,7 +231,7 @@ class Mixture(_Routed):
         """
         x_TH = self.bottom(features)
         chosen = [gate(x_TH)[1:] for gate in self.gates]
-        # all experts run once for all tasks, in one product: from a quarter of them on that is no slower than one by one
+        # from a quarter of the experts on it is no slower to run all, once for all tasks and in one product
         if 4 * sum(index_TK.shape[-1] for _, index_TK in chosen) >= self.experts.num_experts:
             y_TEO = self.experts.all(x_TH)
             mixed = [weighted(y_TEO, index_TK, weight_TK) for weight_TK, index_TK in chosen]
