@@ -532,6 +532,25 @@ def test_our_decoder_is_built_with_them_and_their_terms_reach_the_loss(kind: str
     assert (whole - plain).item() == pytest.approx(0.5 * balance.told["router.entropy"], rel=1e-3)
 
 
+def test_our_decoder_is_folded_saved_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = CoterieConfig(
+        vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_experts=6,
+        moe_intermediate_size=16, router={"kind": "permuted", "inner": {"kind": "comet", "gamma": 2.0}},
+    )  # fmt: skip
+    model = CoterieForCausalLM(config).eval()
+    for router in placed_routers(model).values():
+        assert router.permutation.logits.abs().max() <= 0.05
+        router.at(10, 10)
+    before = model(IDS).logits
+    assert fold_permutations(model) == [0, 1]
+    model.save_pretrained(tmp_path)
+    again = CoterieForCausalLM.from_pretrained(tmp_path).eval()
+    assert {router.kind for router in placed_routers(again).values()} == {"comet"}
+    assert again.config.router["gamma"] == 2.0
+    torch.testing.assert_close(again(IDS).logits, before, atol=1e-5, rtol=1e-4)
+
+
 class Killed(Exception):
     pass
 
