@@ -24,10 +24,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from coterie.anatomy.layers import MoELayer, any_moe_layers, decoder_layers, moe_layers
+from coterie.anatomy.slicing import slice_names
 from coterie.errors import CheckpointError, UsageError
 from coterie.experts.mapped import expert_map
 from coterie.routing import record
 from coterie.routing.base import Router, RouterSettings, checked, router_class
+from coterie.routing.permuted import Permuted
 from coterie.routing.residual import Momentum, Residual, addition, attach, feeding_norm, momentum
 
 
@@ -123,6 +125,37 @@ def put_residual(
         norm = feeding_norm(model, layer.decoder, layer.block) if rule.looks_at_stream else None
         attach(layer.block, norm, rule)
     remember(model)
+
+
+@torch.no_grad()
+def fold_permutations(model: nn.Module) -> list[int]:
+    """Let experts change places, so that `permuted` routers need no permutation: their inner routers then stand in the
+    model, which does what it did. Returns the layers where that was so.
+
+    To be done once the search is over; afterwards there is nothing to search for any more.
+    """
+    folded: list[int] = []
+    for layer in moe_layers(model):
+        if not isinstance(layer.router, Permuted):
+            continue
+        inner, order = layer.router.fold()
+        if (target := expert_map(layer.experts)) is not None:
+            layer.experts._coterie_map = [target[e] for e in order]  # type: ignore[assignment]
+        else:
+            tensors = dict([*model.named_parameters(), *model.named_buffers()])
+            for name, dim in slice_names(layer).items():
+                if name.startswith(f"{layer.experts_name}."):
+                    tensor = tensors[name]
+                    tensor.copy_(tensor.index_select(dim, torch.tensor(order, device=tensor.device)))
+        layer.block.set_submodule(layer.router_name.rpartition(".")[2], inner)
+        shared = getattr(_base(model), record.SHARED, {})
+        if Permuted.kind in shared and inner.kind not in shared:
+            record.share(_base(model), inner.kind, shared[Permuted.kind])
+        folded.append(layer.index)
+    if Permuted.kind in (shared := getattr(_base(model), record.SHARED, {})):
+        del shared[Permuted.kind]
+    remember(model)
+    return folded
 
 
 def remember(model: nn.Module) -> None:
@@ -373,6 +406,7 @@ __all__ = [
     "Residual",
     "RouterSettings",
     "apply_routing",
+    "fold_permutations",
     "place_router",
     "placed_routers",
     "put_residual",

@@ -230,6 +230,11 @@ class CoteriePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": CoterieDecoderLayer, "attentions": CoterieAttention}
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: else modules without tensors of their own are taken for initialised, and routers can be such."""
+        return False
+
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """The fast one for training unless another is asked for."""
         found: str = super().get_correct_experts_implementation(requested_experts or training.NAME)

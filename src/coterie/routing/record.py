@@ -282,8 +282,8 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         record.past_length, record.before = int(cache.get_seq_length()), dict(getattr(cache, _KEPT, {}))
         record.past = dict(record.before)
     if use is None:  # then models do as their config says
-        config: Any = module.config
-        use = getattr(config.get_text_config(decoder=True), "use_cache", False)
+        config: Any = getattr(module, "config", None)
+        use = config is not None and getattr(config.get_text_config(decoder=True), "use_cache", False)
     record.cached = cache is not None or bool(use)
     _look_at_mask(record, given.get("attention_mask"))
     positions = given.get("position_ids")
