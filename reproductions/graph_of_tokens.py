@@ -8,9 +8,9 @@ Here: a thin decoder of 6 layers with 16 experts, two per token with renormalise
 rate, from scratch, on the same tokens in the same order: plain routers; similarity-aware ones (learned full matrix, tau
 3, since at 1 a token of this width hardly sees any other); attention-aware ones (posterior of the surest head, sigma
 0.5); and, as a control, the plain mean over all tokens before. tau and sigma of the paper are not known. Late
-fluctuation: held-out tokens whose first expert differs between 90% and 100% of the training. Words: 2% of held-out
-tokens replaced by one fixed token, losses and routes of the others. Noise: on what routers see, a tenth of its root
-mean square.
+fluctuation: held-out tokens whose first expert differs between the last two of eleven evaluations. Words: 2% of
+held-out tokens replaced by one fixed token, losses and routes of the others. Noise: on what routers see, a tenth of its
+root mean square.
 
     python reproductions/graph_of_tokens.py
 """

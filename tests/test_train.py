@@ -316,6 +316,51 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert sorted(steps) == steps
 
 
+def test_a_run_killed_before_its_first_checkpoint_or_while_it_wrote_starts_its_journal_afresh(
+    text: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, plain = config(text), train_module._tensorboard
+
+    class Kill(TrainerCallback):
+        def __init__(self, last: int) -> None:
+            self.last = last
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == self.last:
+                with (tmp_path / "out.partial" / "training" / "metrics.jsonl").open("a") as stream:
+                    stream.write('{"step": 3, "lo')
+                raise _Killed
+
+    for last in (1, 5):
+        monkeypatch.setattr(train_module, "_tensorboard", lambda folder, last=last: [Kill(last)])
+        with pytest.raises(_Killed):
+            api.train(told, str(tmp_path / "out"))
+    monkeypatch.setattr(train_module, "_tensorboard", plain)
+    api.train(told, str(tmp_path / "out"))
+    entries = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in entries if "held_out" in entry] == [0, 3, 6]
+
+
+def test_a_run_killed_behind_its_last_step_is_only_written(
+    text: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, plain = config(text, grow={"share": 0.5}, dials=[]), train_module.write_run
+    api.train(told, str(tmp_path / "whole"))
+
+    def stop(*args: Any) -> Any:
+        raise _Killed
+
+    monkeypatch.setattr(train_module, "write_run", stop)
+    with pytest.raises(_Killed):
+        api.train(told, str(tmp_path / "cut"))
+    monkeypatch.setattr(train_module, "write_run", plain)
+    again = api.train(told, str(tmp_path / "cut"))
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert again.history.losses["all"] > 0
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(
     text: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,6 +460,21 @@ def test_a_race_tells_losses_costs_and_spread_and_goes_on_when_killed(
     assert (two["experts_per_token"], one["experts_per_token"]) == (2, 1)
     assert 0 <= one["fluctuation"] <= 1
     assert (tmp_path / "race" / "race.html").exists()
+
+
+def test_a_race_measures_more_often_than_it_logs(text: tuple[str, str]) -> None:
+    often = {**TRAINING, "steps": 100, "batch_size": 1, "length": 8, "evaluate_every": 0.01}
+    (run,) = api.race({"a": config(text, controllers=[], training=often)}, None, seeds=1).runs
+    assert 0 <= run.fluctuation <= 1
+    assert len(run.curve) == 101
+
+
+def test_a_model_that_has_yet_to_grow_runs_one_expert_per_token(text: tuple[str, str]) -> None:
+    told = config(text, grow={"share": 0.5}, controllers=[])
+    race = api.race({"grown": told, "whole": {**told, "grow": None}}, None, seeds=1)
+    grown, whole = race.runs
+    expert = 3 * 2 * 2 * (3 * 32 * 16)  # of two layers
+    assert whole.flops_per_token - grown.flops_per_token == pytest.approx(expert / 2)
 
 
 def test_equal_operations_give_the_cheaper_config_more_tokens(text: tuple[str, str]) -> None:

@@ -181,6 +181,17 @@ def summed(value: Tensor) -> Tensor:
     return value
 
 
+def _whole_lines(file: Path) -> list[dict[str, Any]]:
+    """The entries of a journal; the line in which its run was killed is left out."""
+    told = []
+    for line in file.read_text().splitlines():
+        try:
+            told.append(json.loads(line))
+        except ValueError:
+            break
+    return told
+
+
 class _Journal(TrainerCallback):  # type: ignore[misc]
     """Writes metrics.jsonl and tells the progress bar."""
 
@@ -195,8 +206,7 @@ class _Journal(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.since, self.at = time.perf_counter(), state.global_step
         if self.file.exists():  # a resumed run goes on behind its checkpoint; what was logged after it comes again
-            told = [json.loads(line) for line in self.file.read_text().splitlines()]
-            self.entries = [entry for entry in told if entry["step"] <= state.global_step]
+            self.entries = [e for e in _whole_lines(self.file) if e["step"] <= state.global_step and state.global_step]
             if state.is_world_process_zero:
                 self.file.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from coterie.anatomy import any_moe_layers
 from coterie.compression.records import versions
 from coterie.errors import UsageError
 from coterie.routing.record import Record
@@ -306,11 +307,14 @@ def _curve(
     """Operations so far at every evaluation, from what the routers did in between."""
     done, at, curve = 0.0, 0, []
     waiting = list(losses)
+    one_each = {layer.index: 1.0 for layer in any_moe_layers(model)}  # in a model that has yet to grow
     length, twice = config.training.length, config.training.gradient_checkpointing
     cost = training_flops(model, length, checkpointed=twice)
     for entry in entries:
         if "layers" in entry:
             slots = {int(i): figures["experts_per_token"] for i, figures in entry["layers"].items()}
+            if not slots and config.grow is not None:
+                slots = one_each
             cost = training_flops(model, length, slots, checkpointed=twice)
             done += cost * (entry["tokens"] - at)
             at = entry["tokens"]
@@ -331,6 +335,7 @@ class Seen(TrainerCallback):  # type: ignore[misc]
 
     def __call__(self, record: Record) -> None:
         if record.grad:
+            self._close()
             return
         if self._fresh:
             self.loads.take()
@@ -340,11 +345,6 @@ class Seen(TrainerCallback):  # type: ignore[misc]
             first_T = routing.expert_TK.gather(-1, routing.weight_TK.argmax(-1, keepdim=True))[:, 0]
             kept_T = first_T if routing.mask_T is None else first_T[routing.mask_T]
             self._now.setdefault(layer, []).append(kept_T.to(torch.int16))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if any(key.endswith("_loss") and key.startswith("eval_") for key in logs or {}):
-            return
-        self._close()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._close()
