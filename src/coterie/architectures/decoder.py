@@ -50,7 +50,7 @@ class CoterieRMSNorm(nn.Module):
 
 
 class CoterieRotary(nn.Module):
-    """Cosines and sines [B, L, D] of rotary positions."""
+    """Cosines and sines [B, L, D] of rotary positions; sines of the first half are those of the other way round."""
 
     def __init__(self, config: CoterieConfig) -> None:
         super().__init__()
@@ -58,17 +58,15 @@ class CoterieRotary(nn.Module):
 
     def forward(self, x: Tensor, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
         steps = torch.arange(self.pairs, dtype=torch.float32, device=x.device) / self.pairs
-        angle_BLD = positions_BL[..., None].float() * self.theta**-steps
-        angle_BLD = torch.cat([angle_BLD, angle_BLD], -1)
-        return angle_BLD.cos().to(x.dtype), angle_BLD.sin().to(x.dtype)
+        angle_BLP = positions_BL[..., None].float() * self.theta**-steps
+        cos_BLP, sin_BLP = angle_BLP.cos(), angle_BLP.sin()
+        return torch.cat([cos_BLP, cos_BLP], -1).to(x.dtype), torch.cat([-sin_BLP, sin_BLP], -1).to(x.dtype)
 
 
 def rotated(x_BALD: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     """Queries or keys, turned by their positions."""
     cos, sin = (t[:, None] for t in turn)
-    half = x_BALD.shape[-1] // 2
-    other = torch.cat([-x_BALD[..., half:], x_BALD[..., :half]], -1)
-    return x_BALD * cos + other * sin
+    return x_BALD * cos + x_BALD.roll(x_BALD.shape[-1] // 2, -1) * sin  # the halves change places
 
 
 def eager_attention(

@@ -75,10 +75,11 @@ class Similarity(TokenGraph):
 
     def weights(self, x_BLH: Tensor, known: int, here: Here) -> tuple[Weights, int]:
         query_BLD, key_BLD = self.compared(x_BLH)
+        query_BLD = query_BLD / self.settings.tau
         key_BSD = here.growing("key", key_BLD)
 
         def rows(piece: Piece) -> Tensor:
-            return stochastic(query_BLD[:, piece.rows] @ key_BSD.mT / self.settings.tau, piece)
+            return stochastic(query_BLD[:, piece.rows] @ key_BSD.mT, piece, finite=True)
 
         return rows, known
 

@@ -120,14 +120,16 @@ class Peers:
         return Piece(start, stop, allowed | own_RS, own_RS)
 
 
-def stochastic(log_BRS: Tensor, piece: Piece) -> Tensor:
+def stochastic(log_BRS: Tensor, piece: Piece, *, finite: bool = False) -> Tensor:
     """Rows that sum to one, from logarithms of weights; a token for whom nobody has a weight is its own only peer.
 
-    Several heads may stand between B and R.
+    Several heads may stand between B and R. finite : all weights are above 0, so that each token has a peer: itself.
     """
     allowed = piece.allowed_BRS if log_BRS.dim() == 3 else piece.allowed_BRS[:, None]
     log_BRS = log_BRS.masked_fill(~allowed, -torch.inf)
-    nobody = (log_BRS == -torch.inf).all(-1, keepdim=True)
+    if finite:
+        return log_BRS.softmax(-1)
+    nobody = log_BRS.detach().amax(-1, keepdim=True) == -torch.inf
     return log_BRS.masked_fill(nobody & piece.own_RS, 0.0).softmax(-1)
 
 
