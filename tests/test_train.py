@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from coterie.routing.record import listening
 from coterie.training import train as train_module
 from coterie.training.dials import Dial, Turning
 from coterie.training.flops import forward_flops
+from coterie.training.pretrain import Load
 from coterie.training.stream import Order, Windows, tokenized
 from inprocess import cli
 
@@ -182,6 +184,22 @@ def test_the_bias_has_no_gradient_and_changes_no_weight() -> None:
         assert "e_score_correction_bias" not in dict(router.named_parameters())
         router.e_score_correction_bias.normal_()
     torch.testing.assert_close(model(IDS).logits, before, atol=1e-6, rtol=1e-5)  # all experts run: only weights count
+
+
+# -- what experts do ---------------------------------------------------------------------------------------------------
+
+
+def test_the_entropy_of_gates_is_not_that_of_loads() -> None:
+    figures = Load(torch.full((4,), 6.0), experts=4, tokens=12, slots=24, entropy=12 * 0.5).figures()
+    assert figures["entropy"] == pytest.approx(0.5)
+    assert figures["load_entropy"] == pytest.approx(math.log(4))
+    assert figures["experts_per_token"] == 2
+
+
+def test_a_layer_whose_tokens_all_chose_null_experts_has_figures() -> None:
+    figures = Load(torch.tensor([0.0, 0.0, 9.0]), experts=2, tokens=9).figures()
+    assert figures["dead"] == 1
+    assert figures["experts_per_token"] == 0
 
 
 # -- text --------------------------------------------------------------------------------------------------------------

@@ -98,7 +98,11 @@ class Load:
             "dropped": self.dropped / max(self.slots + self.dropped, 1),
             "entropy": self.entropy / max(self.tokens, 1),
         }
-        return told | asdict(load_figures(self.load_N[: self.experts]))
+        load_E = self.load_N[: self.experts]
+        if not load_E.any():  # every token chose null experts
+            return told | {"max_vio": 0.0, "min_load": 0.0, "cv": 0.0, "load_entropy": 0.0, "dead": 1.0}
+        found = asdict(load_figures(load_E))
+        return told | {"load_entropy" if name == "entropy" else name: value for name, value in found.items()}
 
 
 class Loads:
