@@ -14,6 +14,22 @@ from coterie.routing.base import Routing
 from coterie.routing.record import Record, listening
 
 
+class Rows:
+    """Counts what enters the experts."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def routed(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> bool:
+        return True
+
+    def expert(self, expert: int, row_R: Tensor, x_RH: Tensor, y_RH: Tensor) -> None:
+        self.rows += len(x_RH)
+
+    def combined(self, sum_TH: Tensor) -> None:
+        pass
+
+
 def whole(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     with torch.no_grad():
         return model(ids, attention_mask=mask, use_cache=False, position_ids=positions(mask)).logits

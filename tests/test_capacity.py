@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
 
+from calls import Rows
 from coterie.anatomy import moe_layers
 from coterie.anatomy.routers import put_routers
 from coterie.experts import forward
@@ -20,22 +21,6 @@ from families import tiny
 
 IDS = torch.randint(0, 512, (2, 12), generator=torch.Generator().manual_seed(0))
 SOME = ("mixtral", "qwen3-moe", "olmoe", "deepseek-v3")
-
-
-class Rows:
-    """Counts what enters the experts."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-
-    def routed(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> bool:
-        return True
-
-    def expert(self, expert: int, row_R: Tensor, x_RH: Tensor, y_RH: Tensor) -> None:
-        self.rows += len(x_RH)
-
-    def combined(self, sum_TH: Tensor) -> None:
-        pass
 
 
 def routed(index_TK: Tensor, experts: int, weight_TK: Tensor | None = None, mask_T: Tensor | None = None) -> Routing:

@@ -14,6 +14,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from calls import Rows
 from coterie.anatomy import moe_layers
 from coterie.anatomy.layers import refuse_unsliceable
 from coterie.anatomy.routers import placed_routers, put_routers, remember
@@ -66,22 +67,6 @@ def dense(value_TK: Tensor, routing: Routing) -> Tensor:
 
 def counts(routing: Routing) -> Tensor:
     return (routing.expert_TK < routing.experts).sum(-1)
-
-
-class Rows:
-    """Counts what enters the experts."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-
-    def routed(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> bool:
-        return True
-
-    def expert(self, expert: int, row_R: Tensor, x_RH: Tensor, y_RH: Tensor) -> None:
-        self.rows += len(x_RH)
-
-    def combined(self, sum_TH: Tensor) -> None:
-        pass
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
