@@ -248,6 +248,7 @@ def test_train_writes_a_model_that_transformers_loads_and_its_story(text: tuple[
     file.write_text(yaml.safe_dump(config(text, dials=[{"what": "router.top_k", "first": 1, "last": 3}])))
     told = run("train", str(file), "-o", str(out), "--set", "training.rate=0.01")
     assert "held-out loss" in told
+    assert len(next(line for line in told.splitlines() if line.startswith("all ")).split()) == 3  # before and after
     model = AutoModelForCausalLM.from_pretrained(out)
     assert {router.top_k for router in placed_routers(model).values()} == {3}
     assert all(router.e_score_correction_bias.any() for router in placed_routers(model).values())

@@ -82,7 +82,10 @@ def train(
         return
     for note in result.notes:
         say(note)
-    first: dict[str, Any] = next((e["held_out"] for e in result.history.entries if "held_out" in e), {})
+    begun = [entry["held_out"] for entry in result.history.entries if entry["step"] == 0 and "held_out" in entry]
+    first: dict[str, Any] = {domain: loss for entry in begun for domain, loss in entry.items()}
+    if result.history.curve and result.history.curve[0][0] == 0:
+        first["all"] = result.history.curve[0][2]
     rows = [[k, f"{first[k]:.4f}" if k in first else "", f"{v:.4f}"] for k, v in result.history.losses.items()]
     table(f"held-out loss, nats per token: {out}", ["", "before", "after"], rows)
     figures = [
