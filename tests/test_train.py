@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -276,17 +277,20 @@ def test_a_config_that_is_nowhere_is_told_with_those_that_ship(tmp_path: Path) -
 
 
 def test_a_checkpoint_keeps_learning_with_another_router(text: tuple[str, str], tmp_path: Path) -> None:
-    out = tmp_path / "run"
+    out, source = tmp_path / "run", tmp_path / "source"
+    shutil.copytree(api_pocket(), source)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
     api.train(
         None,
         str(out),
-        init=str(api_pocket()),
+        init=str(source),
         data=[text[0]],
         evaluate=[text[1]],
         settings=["router.kind=sigmoid", *[f"training.{k}={v}" for k, v in {**TRAINING, "steps": 2}.items()]],
     )
     model = AutoModelForCausalLM.from_pretrained(out)
     assert {router.kind for router in placed_routers(model).values()} == {"sigmoid"}
+    assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_a_router_that_looks_at_attention_is_trained_with_the_attention_it_needs(

@@ -155,7 +155,7 @@ def _moe_layer(model: nn.Module, prefix: str, index: int, experts_name: str) -> 
         )
     router_name, router = next(iter(preferred.items()))
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
-    top_k = _first(router, "top_k", "topk") or _first(block, "top_k") or _first(config, *_TOP_K)
+    top_k = _first(router, "top_k", "topk") or _first(block, "top_k") or _first(config, *TOP_K)
     if not isinstance(top_k, int):
         raise ModelError(f"{block_name}: cannot tell how many experts its router picks per token")
     groups = _first(router, "num_group", "n_group") or 1
@@ -180,7 +180,8 @@ def _moe_layer(model: nn.Module, prefix: str, index: int, experts_name: str) -> 
     )
 
 
-_TOP_K = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "num_experts_per_token", "top_k_experts")
+# Config fields that hold the experts per token, under all the names families use.
+TOP_K = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "num_experts_per_token", "top_k_experts")
 
 
 def _first(owner: object, *names: str) -> int | None:

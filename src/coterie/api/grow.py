@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from coterie.api.runtime import Runtime
 from coterie.compression.records import versions
 from coterie.streaming.checkpoint import Checkpoint, resolve
-from coterie.streaming.writer import Workspace, check_place, copy_small_files, write_json
+from coterie.streaming.writer import Workspace, check_place, save_whole, write_json
 
 
 @dataclass
@@ -93,19 +92,13 @@ def _written(
             (layers[0].top_k, layers[1].top_k),
             (sum(p.numel() for p in models[0].parameters()), sum(p.numel() for p in made.parameters())),
         )
-        place = work.folder / "model"
-        shutil.rmtree(place, ignore_errors=True)
-        made.save_pretrained(place)
-        copy_small_files(folders[0], place)
+        files = save_whole(made, folders[0], work.folder)
         grown.record = {
             **job,
             "experts": list(grown.experts),
             "top_k": list(grown.top_k),
             "parameters": list(grown.parameters),
         }
-        write_json(place / "coterie.json", grown.record)
-        files = [entry.name for entry in place.iterdir()]
-        for file in files:
-            (place / file).replace(work.folder / file)
-        work.publish(files)
+        write_json(work.folder / "coterie.json", grown.record)
+        work.publish([*files, "coterie.json"])
     return grown

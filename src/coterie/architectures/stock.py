@@ -14,7 +14,6 @@ the loss) is left behind. Anything else is refused, saying which part has no pla
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from coterie.architectures.config import CoterieConfig, LayerSettings
 from coterie.errors import ModelError
-from coterie.streaming.writer import Workspace, copy_small_files
+from coterie.streaming.writer import Workspace, save_whole
 
 
 @dataclass
@@ -191,15 +190,7 @@ def export_stock(folder: Path, out: Path, *, overwrite: bool = False) -> Stock:
     told = stock_config(config)
     with Workspace(out, {"stock": config.to_dict()}, overwrite=overwrite) as work:
         stock = as_stock(CoterieForCausalLM.from_pretrained(folder).eval())
-        place = work.folder / "model"
-        shutil.rmtree(place, ignore_errors=True)
-        stock.save_pretrained(place)
-        copy_small_files(folder, place)
-        names = []
-        for entry in place.iterdir():
-            if entry.name != "coterie.json":
-                entry.replace(work.folder / entry.name)
-                names.append(entry.name)
+        names = save_whole(stock, folder, work.folder)
         sizes = [sum(f.stat().st_size for f in place.glob("*.safetensors")) for place in (folder, work.folder)]
         work.publish(names)
     return Stock(out, told.model_type, sizes[0], sizes[1], [])

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from coterie.anatomy import moe_layers, slice_names
 from coterie.anatomy.counts import text_section, with_expert_counts
+from coterie.anatomy.layers import TOP_K
 from coterie.anatomy.resizing import resized
 from coterie.errors import ModelError
-
-TOP_K = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "num_experts_per_token", "top_k_experts")
 
 
 def with_experts(model: Any, experts: int, *, top_k: int | None = None, width: int | None = None) -> Any:

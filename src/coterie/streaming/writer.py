@@ -356,6 +356,20 @@ def copy_small_files(source: Path, folder: Path, but: Sequence[str] = ()) -> lis
     return names
 
 
+def save_whole(model: Any, source: Path, folder: Path) -> list[str]:
+    """Write a model in memory to `folder`, with what lies beside the weights in `source`; returns the names of all
+    files. What an earlier try left is replaced."""
+    place = folder / "model"
+    shutil.rmtree(place, ignore_errors=True)
+    model.save_pretrained(place)
+    copy_small_files(source, place)
+    names = sorted(entry.name for entry in place.iterdir())
+    for name in names:
+        (place / name).replace(folder / name)
+    place.rmdir()
+    return names
+
+
 def write_json(file: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
     building = file.with_name(file.name + ".tmp")

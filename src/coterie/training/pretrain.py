@@ -261,7 +261,6 @@ def fit(
     device: str = "cpu",
     seed: int = 0,
     processes: int = 1,
-    reports: Sequence[str] = (),
     checkpoints: bool = True,
     skip: int = 0,
     on_log: OnLog = lambda phase, step, steps, loss: None,
@@ -273,7 +272,6 @@ def fit(
     windows : what it learns from. tests : held-out text by domain.
     balance : terms of the loss; a model that has its own keeps them where None.
     listeners : shown the record of every model call, in training and in evaluations.
-    reports : of the Trainer's integrations, such as "tensorboard".
     checkpoints : False: none are written, a killed run starts again.
     skip : windows that were read before.
 
@@ -293,7 +291,7 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     trainer = MoETrainer(
         model,
-        _arguments(folder, settings, steps, device, seed, reports, checkpoints=checkpoints, evaluate=bool(rows)),
+        _arguments(folder, settings, steps, device, seed, checkpoints=checkpoints, evaluate=bool(rows)),
         Order(windows, steps * settings.step_tokens(processes) // settings.length, seed=seed, skip=skip),  # type: ignore[arg-type]
         rows or None,  # type: ignore[arg-type]
         [turning, around, journal, *callbacks],
@@ -361,7 +359,6 @@ def _arguments(
     steps: int,
     device: str,
     seed: int,
-    reports: Sequence[str],
     *,
     checkpoints: bool,
     evaluate: bool,
@@ -397,7 +394,7 @@ def _arguments(
         save_total_limit=2,
         seed=seed,
         use_cpu=device == "cpu",
-        report_to=list(reports),
+        report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=False,
         remove_unused_columns=False,

@@ -27,8 +27,7 @@ from torch.utils.data import Dataset
 
 from coterie.errors import DataError, OutputError
 from coterie.streaming.lockstep import Batch, Progress
-from coterie.text import SUFFIXES, TokenData, document_ids, read_documents, samples_of
-from coterie.text import Document as Document
+from coterie.text import SUFFIXES, Document, TokenData, document_ids, read_documents, samples_of
 
 EVERY = 32  # one document in so many is held out
 _DONE = "tokens.json"

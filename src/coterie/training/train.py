@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +36,7 @@ from coterie.errors import ModelError, UsageError
 from coterie.streaming.checkpoint import Checkpoint, resolve
 from coterie.streaming.lockstep import Progress
 from coterie.streaming.model import StreamedModel, all_finite
-from coterie.streaming.writer import check_place, copy_small_files, write_json
+from coterie.streaming.writer import check_place, save_whole, write_json
 from coterie.text import TokenData, check_ids, load_data, load_tokenizer
 from coterie.training.config import TrainConfig
 from coterie.training.flops import forward_flops
@@ -300,17 +299,11 @@ def write_run(
     for name, parameter in model.named_parameters():
         if not all_finite(parameter.detach()):
             raise ModelError(f"{name} is no number after training", "Lower the rate.")
-    place = folder / "model"
-    shutil.rmtree(place, ignore_errors=True)
     remember(model)
-    model.eval().save_pretrained(place)
-    copy_small_files(text.tokenizer, place)
-    for entry in place.iterdir():
-        entry.replace(folder / entry.name)
-    written = [entry.name for entry in folder.iterdir() if entry.suffix in (".safetensors", ".json", ".model", ".txt")]
+    written = save_whole(model.eval(), text.tokenizer, folder)
     (folder / "train.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     write_json(folder / "coterie.json", record)
     (folder / METRICS).write_text("".join(json.dumps(entry) + "\n" for entry in history.entries))
     write_page(history, folder / "experts.html", title=folder.name.removesuffix(".partial"))
-    extra = ["train.yaml", "coterie.json", METRICS, "experts.html"]
-    return [*{*written, *extra} - {"job.json"}, *(["tensorboard"] if (folder / "tensorboard").exists() else [])]
+    written += ["train.yaml", "coterie.json", METRICS, "experts.html"]
+    return [*written, "tensorboard"] if (folder / "tensorboard").exists() else written
